@@ -1,0 +1,229 @@
+"""The project's pictures: Altair charts in one visual language, and strips of frames.
+
+A stage has the same colour wherever it appears (Okabe and Ito's palette, safe for colour-blind readers). Charts come out
+as PNG, which works without a network in Lab, in reports and on GitHub.
+"""
+
+from pathlib import Path
+
+import altair as alt
+import numpy as np
+import pandas as pd
+from PIL import Image, ImageDraw
+
+STAGE_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#F0E442")
+PREDICTED, TARGET, ACCENT = "#0072B2", "#7F7F7F", "#D55E00"
+WIDTH, HEIGHT = 640, 220
+
+
+def setup() -> None:
+    """Call once in a notebook: static pictures, twice the resolution."""
+    alt.renderers.enable("png", scale_factor=2)
+    alt.theme.enable("sarm")
+
+
+@alt.theme.register("sarm", enable=False)
+def _theme() -> alt.theme.ThemeConfig:
+    return {
+        "config": {
+            "view": {"continuousWidth": WIDTH, "continuousHeight": HEIGHT, "stroke": None},
+            "font": "sans-serif",
+            "axis": {
+                "labelFontSize": 12,
+                "titleFontSize": 12,
+                "titleFontWeight": "normal",
+                "gridColor": "#EEEEEE",
+                "domainColor": "#888888",
+            },
+            "legend": {"labelFontSize": 12, "titleFontSize": 12, "orient": "top", "titleFontWeight": "normal"},
+            "title": {"fontSize": 14, "anchor": "start", "fontWeight": "normal"},
+        }
+    }
+
+
+def stage_scale(names: list[str]) -> alt.Scale:
+    """The colours of these stages, in order."""
+    return alt.Scale(domain=names, range=[STAGE_COLOURS[i % len(STAGE_COLOURS)] for i in range(len(names))])
+
+
+def save(chart: alt.TopLevelMixin, path: Path) -> None:
+    chart.save(str(path), scale_factor=2)
+
+
+def episode_lengths(table: pd.DataFrame) -> alt.Chart:
+    """Histogram of `seconds` by `split`."""
+    return (
+        alt.Chart(table, title="Episode lengths")
+        .mark_bar()
+        .encode(
+            x=alt.X("seconds:Q", bin=alt.Bin(maxbins=30), title="length (s)"),
+            y=alt.Y("count():Q", title="episodes"),
+            color=alt.Color("split:N", scale=stage_scale(["train", "val", "test"])),
+        )
+        .properties(width=WIDTH, height=HEIGHT)
+    )
+
+
+def timeline(segments: list[tuple[str, str, int, int]], names: list[str], fps: int, title: str) -> alt.Chart:
+    """Subtasks of one episode as bars: rows (head, subtask, first frame, last frame)."""
+    table = pd.DataFrame(segments, columns=["head", "subtask", "start", "end"])
+    table["start"], table["end"] = table.start / fps, (table.end + 1) / fps
+    return (
+        alt.Chart(table, title=title)
+        .mark_bar(cornerRadius=3)
+        .encode(
+            x=alt.X("start:Q", title="time (s)"),
+            x2="end:Q",
+            y=alt.Y("head:N", title=None, sort=["sparse", "dense"]),
+            color=alt.Color("subtask:N", scale=stage_scale(names), title=None),
+        )
+        .properties(width=WIDTH, height=30 * table["head"].nunique())
+    )
+
+
+def learning_curve(curve: pd.DataFrame, columns: list[str], title: str) -> alt.Chart:
+    """`columns` of a learning curve over `step`, on a logarithmic scale."""
+    table = curve.melt("step", columns, var_name="curve", value_name="value")
+    return (
+        alt.Chart(table, title=title)
+        .mark_line(point=len(curve) < 40)
+        .encode(
+            x=alt.X("step:Q"),
+            y=alt.Y("value:Q", scale=alt.Scale(type="log"), title="loss"),
+            color=alt.Color("curve:N", scale=stage_scale(columns), title=None),
+        )
+        .properties(width=WIDTH, height=HEIGHT)
+    )
+
+
+def progress(predicted: np.ndarray, target: np.ndarray | None, fps: int, title: str) -> alt.Chart:
+    """Predicted progress (T,) of an episode over the target's."""
+    time = np.arange(len(predicted)) / fps
+    curves = {"predicted": predicted} | ({} if target is None else {"target": target})
+    table = pd.concat([pd.DataFrame({"time": time, "progress": v, "curve": name}) for name, v in curves.items()])
+    return (
+        alt.Chart(table, title=title)
+        .mark_line()
+        .encode(
+            x=alt.X("time:Q", title="time (s)"),
+            y=alt.Y("progress:Q", title="progress φ", scale=alt.Scale(domain=[0, 1])),
+            color=alt.Color(
+                "curve:N", scale=alt.Scale(domain=["predicted", "target"], range=[PREDICTED, TARGET]), title=None
+            ),
+            strokeDash=alt.StrokeDash(
+                "curve:N", scale=alt.Scale(domain=["predicted", "target"], range=[[1, 0], [5, 4]]), legend=None
+            ),
+        )
+        .properties(width=WIDTH, height=HEIGHT)
+    )
+
+
+def stage_probabilities(probabilities: np.ndarray, names: list[str], fps: int) -> alt.Chart:
+    """Stacked stage probabilities (T, K) over time."""
+    table = pd.DataFrame(probabilities, columns=names).assign(time=np.arange(len(probabilities)) / fps)
+    table = table.melt("time", var_name="stage", value_name="probability")
+    table["order"] = table.stage.map({name: k for k, name in enumerate(names)})
+    return (
+        alt.Chart(table)
+        .mark_area()
+        .encode(
+            x=alt.X("time:Q", title="time (s)"),
+            y=alt.Y("probability:Q", stack="normalize", title="stage probability"),
+            color=alt.Color("stage:N", scale=stage_scale(names), title=None),
+            order="order:Q",
+        )
+        .properties(width=WIDTH, height=HEIGHT // 2)
+    )
+
+
+def delta_histogram(delta: np.ndarray, weight: np.ndarray, kappa: float) -> alt.LayerChart:
+    """Frames by progress delta r, split by the weight they get, with κ marked. Binned here: any number of frames."""
+    edges = np.linspace(*np.percentile(delta, [0.2, 99.8]), 61)
+    kinds = {"weight 0": weight == 0, "soft weight": (weight > 0) & (weight < 1), "weight 1": weight == 1}
+    rows = []
+    for kind, mine in kinds.items():
+        counts, _ = np.histogram(delta[mine], edges)
+        rows += [
+            {"low": a, "high": b, "frames": int(n), "kind": kind}
+            for a, b, n in zip(edges, edges[1:], counts, strict=False)
+            if n
+        ]
+    bars = (
+        alt.Chart(pd.DataFrame(rows), title="Progress gained in Δ frames, and the weight it earns")
+        .mark_bar()
+        .encode(
+            x=alt.X("low:Q", title="r = φ(t+Δ) − φ(t)"),
+            x2="high:Q",
+            y=alt.Y("frames:Q"),
+            color=alt.Color(
+                "kind:N", scale=alt.Scale(domain=list(kinds), range=[ACCENT, "#56B4E9", PREDICTED]), title=None
+            ),
+        )
+    )
+    rule = alt.Chart(pd.DataFrame({"kappa": [kappa]})).mark_rule(strokeDash=[4, 3]).encode(x="kappa:Q")
+    label = alt.Chart(pd.DataFrame({"kappa": [kappa], "text": [f"κ = {kappa:g}"]})).mark_text(
+        align="left", dx=4, dy=-4, baseline="top"
+    )
+    return (bars + rule + label.encode(x="kappa:Q", y=alt.value(10), text="text:N")).properties(
+        width=WIDTH, height=HEIGHT
+    )
+
+
+def weights_over_time(progress_of: np.ndarray, weight: np.ndarray, fps: int, title: str) -> alt.LayerChart:
+    """Progress of an episode with every frame coloured by its weight."""
+    table = pd.DataFrame({"time": np.arange(len(weight)) / fps, "progress": progress_of, "weight": weight})
+    base = alt.Chart(table, title=title).encode(x=alt.X("time:Q", title="time (s)"))
+    y = alt.Y("progress:Q", title="progress φ", scale=alt.Scale(domain=[0, 1]))
+    line = base.mark_line(color="#BBBBBB").encode(y=y)
+    scale = alt.Scale(domain=[0, 0.5, 1], range=[ACCENT, "#C9C9C9", PREDICTED])
+    dots = base.mark_circle(size=45, opacity=1).encode(y=y, color=alt.Color("weight:Q", scale=scale))
+    return (line + dots).properties(width=WIDTH, height=HEIGHT)
+
+
+def scorecard(kinds: dict[str, dict[str, float]], metric: str, title: str) -> alt.LayerChart:
+    """One metric by kind, with its interval."""
+    table = pd.DataFrame(
+        [
+            {"kind": k, "value": v[metric], "low": v[f"{metric}_low"], "high": v[f"{metric}_high"]}
+            for k, v in kinds.items()
+        ]
+    )
+    base = alt.Chart(table, title=title).encode(y=alt.Y("kind:N", title=None, sort=list(kinds)))
+    domain = alt.Scale(zero=False, nice=True)
+    bars = base.mark_rule(strokeWidth=2, color=TARGET).encode(x=alt.X("low:Q", title=metric, scale=domain), x2="high:Q")
+    return (
+        bars
+        + base.mark_point(filled=True, size=70, color=PREDICTED, opacity=1).encode(x=alt.X("value:Q", scale=domain))
+    ).properties(width=WIDTH, height=26 * len(table))
+
+
+def policy_curve(curve: pd.DataFrame) -> alt.Chart:
+    """Training loss over `step` by `arm`."""
+    arms = list(dict.fromkeys(curve.arm))
+    return (
+        alt.Chart(curve, title="Training loss of both policies")
+        .mark_line()
+        .encode(
+            x="step:Q",
+            y=alt.Y("loss:Q", scale=alt.Scale(zero=False)),
+            color=alt.Color(
+                "arm:N",
+                scale=alt.Scale(domain=arms, range=[TARGET, PREDICTED, *STAGE_COLOURS][: len(arms)]),
+                title=None,
+            ),
+        )
+        .properties(width=WIDTH, height=HEIGHT)
+    )
+
+
+def filmstrip(images: np.ndarray, labels: list[str], width: int = 1280) -> Image.Image:
+    """Frames (n, H, W, 3) uint8 side by side, each with a label under it."""
+    n, height, frame_width = images.shape[:3]
+    scale = min(width / (n * frame_width), 2.0)
+    size = (round(frame_width * scale), round(height * scale))
+    strip = Image.new("RGB", (n * size[0], size[1] + 18), "white")
+    draw = ImageDraw.Draw(strip)
+    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+        strip.paste(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS), (i * size[0], 0))
+        draw.text((i * size[0] + 4, size[1] + 3), label, fill="black")
+    return strip

@@ -1,0 +1,422 @@
+"""A LeRobot v3 dataset as the other modules see it: episodes, columns, splits, and every frame once, in order.
+
+Opening checks what later stages rely on (cameras, states, lengths, timestamps); what is wrong is an error that names
+the episode, the key and the remedy. Nothing here knows which dataset it is.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import av
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from PIL import Image
+
+SPLITS = ("train", "val", "test")
+ANNOTATION_MARK = "subtask"  # columns that an annotated copy adds, and that its frames do not depend on
+
+
+class DatasetError(ValueError):
+    """A dataset that cannot be used as it is; the message says where and what to do."""
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One episode: frames `start` to `start + length` of the dataset, rows `row` to `row + length` of our arrays."""
+
+    index: int
+    length: int
+    start: int  # global frame index of the first frame, LeRobot's `dataset_from_index`
+    row: int  # first row in the arrays of this `Dataset`; equals `start` unless only some episodes are used
+    split: str
+    group: str
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.row, self.row + self.length)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """An opened dataset. Arrays have one row a frame, in the order of the episodes."""
+
+    root: Path
+    info: dict  # meta/info.json
+    table: pd.DataFrame  # meta/episodes without statistics, a row an episode of the whole dataset
+    episodes: tuple[Episode, ...]  # the ones that are used
+    image_keys: tuple[str, ...]  # cameras that the reward model sees
+    state_key: str
+
+    @property
+    def fps(self) -> int:
+        return self.info["fps"]
+
+    @property
+    def features(self) -> dict[str, dict]:
+        return self.info["features"]
+
+    @property
+    def camera_keys(self) -> list[str]:
+        """Every camera of the dataset."""
+        return _camera_keys(self.info)
+
+    @cached_property
+    def lerobot_metadata(self):
+        """LeRobot's own view of the dataset. Imported here: it takes LeRobot ten seconds to load."""
+        from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
+
+        return LeRobotDatasetMetadata(f"local/{self.root.name}", root=self.root)
+
+    @property
+    def num_frames(self) -> int:
+        return sum(episode.length for episode in self.episodes)
+
+    @cached_property
+    def tasks(self) -> list[str]:
+        """Task texts in the order of their index."""
+        tasks = pd.read_parquet(self.root / "meta/tasks.parquet")
+        return list(tasks.sort_values("task_index").index)
+
+    def split(self, name: str) -> tuple[Episode, ...]:
+        return tuple(episode for episode in self.episodes if episode.split == name)
+
+    @cached_property
+    def frames(self) -> pd.DataFrame:
+        """`index`, `episode_index`, `frame_index`, `task_index` and `timestamp` of every frame."""
+        names = ["index", "episode_index", "frame_index", "task_index", "timestamp"]
+        return self._table(names).to_pandas()
+
+    @cached_property
+    def states(self) -> np.ndarray:
+        """Robot states, (N, D) float32, all finite."""
+        return self._vectors(self.state_key)
+
+    @cached_property
+    def actions(self) -> np.ndarray:
+        """Actions, (N, A) float32, all finite."""
+        return self._vectors("action")
+
+    def episode_column(self, name: str) -> list:
+        """A column of the episode metadata, one value an episode."""
+        if name not in self.table:
+            raise DatasetError(f"the episodes of {self.root.name} have no column {name!r}")
+        return [self.table[name].iloc[episode.index] for episode in self.episodes]
+
+    def iterate_frames(
+        self, image_key: str, episodes: tuple[Episode, ...] | None = None
+    ) -> Iterator[tuple[Episode, np.ndarray]]:
+        """Every frame of a camera (of all episodes, or of some), decoded in order: (episode, (H, W, 3) uint8)."""
+        stored = self.features[image_key]["dtype"] == "image"
+        decode = self._read_images if stored else self._decode
+        for episode in self.episodes if episodes is None else episodes:
+            for image in decode(episode, image_key):
+                yield episode, image
+
+    def read_frames(self, episode: Episode, image_key: str, frame_indices: list[int]) -> np.ndarray:
+        """Single frames of an episode, to show them: (n, H, W, 3) uint8."""
+        wanted = {int(i): None for i in frame_indices}
+        for i, (_, image) in enumerate(self.iterate_frames(image_key, (episode,))):
+            if i in wanted:
+                wanted[i] = image
+            if i >= max(wanted):
+                break
+        return np.stack([wanted[int(i)] for i in frame_indices])
+
+    def _table(self, columns: list[str]) -> pa.Table:
+        """Columns of the data files, rows of the used episodes in order."""
+        paths = sorted(self.root.glob("data/**/*.parquet"))
+        table = pa.concat_tables([pq.read_table(path, columns=columns) for path in paths])
+        kept = pa.array([episode.index for episode in self.episodes])
+        if "episode_index" not in columns:
+            episode_index = pa.concat_tables([pq.read_table(path, columns=["episode_index"]) for path in paths])[0]
+        else:
+            episode_index = table["episode_index"]
+        return table.filter(pc.is_in(episode_index, kept))
+
+    def _vectors(self, key: str) -> np.ndarray:
+        column = self._table([key])[key].combine_chunks()
+        values = column.flatten() if pa.types.is_nested(column.type) else column
+        vectors = np.asarray(values, dtype=np.float32).reshape(len(column), -1)
+        bad = np.flatnonzero(~np.isfinite(vectors).all(1))
+        if len(bad):
+            where = self.frames.iloc[bad[0]]
+            raise DatasetError(
+                f"{key} is NaN or infinite in {len(bad)} frames, first in episode {int(where.episode_index)} at frame "
+                f"{int(where.frame_index)}: repair it, or delete the episode with lerobot-edit-dataset."
+            )
+        return vectors
+
+    def _decode(self, episode: Episode, image_key: str) -> Iterator[np.ndarray]:
+        """An episode's frames from its video file, in order; reading on from the last keyframe before it."""
+        row, prefix = self.table.iloc[episode.index], f"videos/{image_key}"
+        path = self.root / self.info["video_path"].format(
+            video_key=image_key, chunk_index=row[f"{prefix}/chunk_index"], file_index=row[f"{prefix}/file_index"]
+        )
+        first = float(row[f"{prefix}/from_timestamp"])
+        remedy = "record or download the file again, or delete the episode with lerobot-edit-dataset."
+        if not path.exists():
+            raise DatasetError(f"episode {episode.index}, {image_key}: {path.name} is missing; {remedy}")
+        expected = 0
+        try:
+            with av.open(str(path)) as container:
+                stream = container.streams.video[0]
+                stream.thread_type = "AUTO"
+                container.seek(max(0, round(first / stream.time_base) - 1), backward=True, stream=stream)
+                for frame in container.decode(stream):
+                    position = (float(frame.pts * stream.time_base) - first) * self.fps
+                    if position < -0.5:
+                        continue
+                    if round(position) != expected:
+                        raise DatasetError(
+                            f"episode {episode.index}, {image_key}: frame {expected} is missing in {path.name}; {remedy}"
+                        )
+                    yield frame.to_ndarray(format="rgb24")
+                    expected += 1
+                    if expected == episode.length:
+                        return
+        except (av.FFmpegError, IndexError) as error:
+            raise DatasetError(
+                f"episode {episode.index}, {image_key}: {path.name} cannot be decoded ({error}); {remedy}"
+            ) from error
+        raise DatasetError(
+            f"episode {episode.index}, {image_key}: {path.name} ends after {expected} of {episode.length} frames; {remedy}"
+        )
+
+    def _read_images(self, episode: Episode, image_key: str) -> Iterator[np.ndarray]:
+        """An episode's frames from a dataset that stores images instead of videos."""
+        row = self.table.iloc[episode.index]
+        path = self.root / self.info["data_path"].format(
+            chunk_index=row["data/chunk_index"], file_index=row["data/file_index"]
+        )
+        table = pq.read_table(path, columns=[image_key], filters=[("episode_index", "=", episode.index)])
+        for cell in table[image_key].to_pylist():
+            source = io.BytesIO(cell["bytes"]) if cell["bytes"] else self.root / cell["path"]
+            yield np.asarray(Image.open(source).convert("RGB"))
+
+
+def open_dataset(
+    dataset: str | Path,
+    *,
+    revision: str | None = None,
+    image_keys: list[str] | None = None,
+    state_key: str = "observation.state",
+    val_fraction: float = 0.1,
+    test_fraction: float = 0.1,
+    max_episodes: int | None = None,
+    group_key: str | None = None,
+    seed: int = 0,
+) -> Dataset:
+    """Open a local LeRobot v3 folder or a Hub dataset and check it. Raises DatasetError."""
+    root = _locate(dataset, revision)
+    info, table = _read_info(root), _episode_table(root)
+    known, cameras = _camera_keys(info), tuple(image_keys or _camera_keys(info))
+    for key in cameras:
+        if key not in known:
+            raise DatasetError(f"base.image_keys: no camera {key!r} in this dataset; it has {', '.join(known)}")
+    vectors = [k for k, f in info["features"].items() if f["dtype"].startswith("float") and len(f["shape"]) == 1]
+    if state_key not in info["features"]:
+        raise DatasetError(f"base.state_key: no {state_key!r} in this dataset; its vectors are {', '.join(vectors)}")
+    for row in table.itertuples():
+        if row.length <= 0 or row.dataset_to_index - row.dataset_from_index != row.length:
+            raise DatasetError(
+                f"episode {row.episode_index} is empty or its length disagrees with its frames "
+                f"(length {row.length}, frames {row.dataset_from_index} to {row.dataset_to_index}): "
+                f"delete it with lerobot-edit-dataset --operation.type delete_episodes"
+            )
+    groups = _groups(table, group_key)
+    splits = _splits(info, len(table), val_fraction, test_fraction, seed)
+    kept = _keep(splits, max_episodes)
+    episodes, row = [], 0
+    for index in kept:
+        length = int(table.length.iloc[index])
+        episodes.append(
+            Episode(index, length, int(table.dataset_from_index.iloc[index]), row, splits[index], groups[index])
+        )
+        row += length
+    opened = Dataset(root, info, table, tuple(episodes), cameras, state_key)
+    if len(opened.frames) != opened.num_frames:
+        raise DatasetError(
+            f"the data files hold {len(opened.frames)} frames, the episode table {opened.num_frames}: download again"
+        )
+    return opened
+
+
+def from_params(params) -> Dataset:
+    """Open the dataset that `params.base` names."""
+    base = params.base
+    local = params.paths.resolve(base.dataset)
+    return open_dataset(
+        local if local.exists() else base.dataset,
+        revision=base.revision,
+        image_keys=base.image_keys,
+        state_key=base.state_key,
+        val_fraction=base.val_fraction,
+        test_fraction=base.test_fraction,
+        max_episodes=base.episodes,
+        group_key=base.group_key,
+        seed=base.seed,
+    )
+
+
+def describe(dataset: Dataset) -> pd.DataFrame:
+    """What a person wants to know first, as a table."""
+    seconds = dataset.num_frames / dataset.fps
+    facts = {
+        "dataset": dataset.root.name,
+        "episodes": len(dataset.episodes),
+        "frames": f"{dataset.num_frames:,} ({seconds / 60:.1f} min at {dataset.fps} frames/s)",
+        "cameras": ", ".join(dataset.camera_keys),
+        "seen by the reward model": ", ".join(dataset.image_keys),
+        "state": f"{dataset.state_key}, {dataset.states.shape[1]} numbers",
+        "tasks": "; ".join(dataset.tasks),
+        "fingerprint": fingerprint(dataset.root),
+    }
+    return pd.Series(facts).to_frame("value")
+
+
+def episode_table(dataset: Dataset) -> pd.DataFrame:
+    """One row an episode: `episode`, `split`, `group`, `frames`, `seconds`."""
+    rows = [(e.index, e.split, e.group, e.length, e.length / dataset.fps) for e in dataset.episodes]
+    return pd.DataFrame(rows, columns=["episode", "split", "group", "frames", "seconds"])
+
+
+def vector_names(dataset: Dataset, key: str) -> list[str]:
+    """Names of a vector's components, numbered where the dataset does not name them."""
+    names = dataset.features[key].get("names")
+    if isinstance(names, dict):
+        names = next(iter(names.values()))
+    return list(names) if names else [str(i) for i in range(dataset.features[key]["shape"][0])]
+
+
+def suggest_frame_gap(dataset: Dataset, n_obs_steps: int) -> int:
+    """Frames between observations for a window that spans a third of the median training episode."""
+    median = np.median([episode.length for episode in dataset.split("train")])
+    return max(1, round(median / 3 / n_obs_steps))
+
+
+def pick_device(name: str) -> str:
+    """`auto` is a GPU where there is one."""
+    if name != "auto":
+        return name
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def fingerprint(root: Path) -> str:
+    """Names what the frames are: features, episode bounds and statistics, and the size of every data and video file.
+
+    Reads no video, so it is fast for any size; annotations do not change it, so an annotated copy has its source's.
+    """
+    info = json.loads((root / "meta/info.json").read_text())
+    features = {k: (f["dtype"], list(f["shape"])) for k, f in info["features"].items()}
+    digest = hashlib.sha256(json.dumps([info["fps"], info["total_frames"], features], sort_keys=True).encode())
+    for path in sorted(root.glob("meta/episodes/**/*.parquet")):
+        table = pq.read_table(path)
+        names = sorted(n for n in table.column_names if ANNOTATION_MARK not in n)
+        digest.update(json.dumps(table.select(names).to_pylist(), sort_keys=True, default=str).encode())
+    for folder in ("data", "videos", "images"):
+        for path in sorted((root / folder).rglob("*")):
+            if path.is_file():
+                digest.update(f"{path.relative_to(root).as_posix()} {path.stat().st_size}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def is_local(dataset: str | Path) -> bool:
+    return (Path(dataset) / "meta/info.json").is_file()
+
+
+def _locate(dataset: str | Path, revision: str | None) -> Path:
+    """The folder of a local dataset, or of a Hub dataset once LeRobot has downloaded it."""
+    if is_local(dataset):
+        return Path(dataset)
+    if Path(dataset).is_absolute() or len(Path(dataset).parts) != 2:
+        raise DatasetError(
+            f"base.dataset: {dataset} is neither a LeRobot v3 folder (with meta/info.json) nor a Hub id (user/name). "
+            "The demo's data is fetched with `make data`."
+        )
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    return Path(LeRobotDataset(str(dataset), revision=revision).root)
+
+
+def _read_info(root: Path) -> dict:
+    info = json.loads((root / "meta/info.json").read_text())
+    version = info.get("codebase_version", "?")
+    if not version.startswith("v3"):
+        raise DatasetError(
+            f"{root.name} is a LeRobot dataset {version}, v3.0 is needed: convert it with "
+            f"python -m lerobot.scripts.convert_dataset_v21_to_v30 --repo-id={root.name} --root={root}"
+        )
+    return info
+
+
+def _camera_keys(info: dict) -> list[str]:
+    return [key for key, feature in info["features"].items() if feature["dtype"] in ("video", "image")]
+
+
+def _episode_table(root: Path) -> pd.DataFrame:
+    """The episode metadata in the order of the episodes, without the statistics."""
+    paths = sorted(root.glob("meta/episodes/**/*.parquet"))
+    table = pd.concat([_without_statistics(path) for path in paths], ignore_index=True)
+    table = table.sort_values("episode_index").reset_index(drop=True)
+    if table.episode_index.tolist() != list(range(len(table))):
+        raise DatasetError(
+            "meta/episodes: episode indices are not 0, 1, 2, …: the dataset is incomplete, download it again"
+        )
+    return table
+
+
+def _without_statistics(path: Path) -> pd.DataFrame:
+    names = [name for name in pq.read_schema(path).names if not name.startswith("stats/")]
+    return pq.read_table(path, columns=names).to_pandas()
+
+
+def _groups(table: pd.DataFrame, group_key: str | None) -> list[str]:
+    if group_key is None:
+        return ["all"] * len(table)
+    if group_key not in table:
+        columns = ", ".join(n for n in table.columns if table[n].dtype == object)
+        raise DatasetError(f"base.group_key: the episodes have no column {group_key!r}; text columns are {columns}")
+    return table[group_key].astype(str).tolist()
+
+
+def _splits(info: dict, count: int, val: float, test: float, seed: int) -> list[str]:
+    """The dataset's own splits (`meta/info.json`), or drawn episodes where it names no val split."""
+    names = ["train"] * count
+    own = info.get("splits") or {}
+    if "val" in own:
+        for split, bounds in own.items():
+            if split not in SPLITS:
+                raise DatasetError(f"meta/info.json: unknown split {split!r}; known are {', '.join(SPLITS)}")
+            start, stop = map(int, bounds.split(":"))
+            names[start:stop] = [split] * (stop - start)
+        return names
+    order = np.random.default_rng(seed).permutation(count)
+    held = {"val": max(1, round(val * count)), "test": max(1, round(test * count))}
+    if count < 3:
+        raise DatasetError(f"{count} episodes cannot be split into train, val and test: at least 3 are needed")
+    for i in order[: held["val"]]:
+        names[i] = "val"
+    for i in order[held["val"] : held["val"] + held["test"]]:
+        names[i] = "test"
+    return names
+
+
+def _keep(splits: list[str], limit: int | None) -> list[int]:
+    """Indices of the episodes to use: all, or the first ones of each split in proportion (at least one of each)."""
+    if limit is None or limit >= len(splits):
+        return list(range(len(splits)))
+    kept = []
+    for split in SPLITS:
+        members = [i for i, name in enumerate(splits) if name == split]
+        kept += members[: max(1, round(limit * len(members) / len(splits)))]
+    return sorted(kept)

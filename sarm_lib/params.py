@@ -1,0 +1,282 @@
+"""The one typed object behind `params.yaml`: every value of the project, checked when it is read.
+
+`load()` is the first line of every notebook. It rejects unknown keys and wrong types with the key's path and what was
+expected, and it knows where artifacts are read and written (`Paths`).
+"""
+
+import difflib
+import math
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+
+AnnotationMode = Literal["single_stage", "dense_only", "dual"]
+Head = Literal["sparse", "dense"]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(gt=0)]
+Rate = Annotated[float, Field(gt=0)]
+
+
+class ParamsError(ValueError):
+    """A value in `params.yaml` (or in a notebook's `overrides`) that cannot be used."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _integers_are_floats(cls, values: Any) -> Any:
+        """YAML writes `1` where a float is meant; every other mix of types is an error."""
+        if isinstance(values, dict):
+            floats = {name for name, field in cls.model_fields.items() if field.annotation is float}
+            values = {k: float(v) if k in floats and type(v) is int else v for k, v in values.items()}
+        return values
+
+
+class Base(Section):
+    """What every stage shares: seed, device, the dataset and its keys, the split."""
+
+    seed: int
+    device: str  # "auto" takes a GPU where there is one
+    dataset: str  # local LeRobot v3 folder, or a Hub repo id
+    revision: str | None  # of a Hub dataset
+    episodes: int | None  # only so many, taken from every split in proportion; None for all
+    annotation_mode: AnnotationMode
+    image_keys: list[str]  # cameras, the first one is the guide's `image_key`; empty for all of the dataset's
+    state_key: str
+    val_fraction: Fraction  # used only where `meta/info.json` names no val split
+    test_fraction: Fraction
+    group_key: str | None  # episode column by which the scorecard is broken down
+    outputs: str
+
+    @property
+    def image_key(self) -> str | None:
+        """The guide's `image_key`: the one camera that LeRobot's form of SARM sees."""
+        return self.image_keys[0] if self.image_keys else None
+
+
+class Prepare(Section):
+    """00: decode every frame once and encode it once."""
+
+    encoder: str  # Hugging Face CLIP: a folder or a Hub id
+    encode_batch_size: Positive
+    num_visualizations: Annotated[int, Field(ge=0)]
+
+
+class Annotate(Section):
+    """01: where each subtask begins and ends."""
+
+    sparse_subtasks: list[str]
+    dense_subtasks: list[str]
+
+
+class Verify(Section):
+    """02: a person checks."""
+
+    num_visualizations: Annotated[int, Field(ge=0)]
+
+
+class Sarm(Section):
+    """03: the reward model (the guide's names and meanings)."""
+
+    n_obs_steps: Positive
+    frame_gap: Positive
+    window: Literal["centred", "past"]
+    max_rewind_steps: Annotated[int, Field(ge=0)]
+    rewind_probability: Fraction
+    language_perturbation_probability: Fraction
+    gt_stage_ratio: Fraction
+    hidden_dim: Positive
+    num_heads: Positive
+    num_layers: Positive
+    dropout: Fraction
+    max_state_dim: Positive
+    steps: Positive
+    batch_size: Positive
+    learning_rate: Rate
+    weight_decay: Annotated[float, Field(ge=0)]
+    warmup_steps: Annotated[int, Field(ge=0)]
+    gradient_clip: Rate
+    eval_every: Positive
+    save_every: Positive
+
+
+class Visualize(Section):
+    """04: what the model predicts."""
+
+    num_visualizations: Annotated[int, Field(ge=0)]
+    head_mode: Literal["sparse", "dense", "both"]
+    stride: Positive
+
+
+class Rabc(Section):
+    """05: progress of every frame and the weights."""
+
+    reward_model_path: str | None  # score with another reward model instead of stage 03's
+    head_mode: Literal["sparse", "dense", "both"]
+    stride: Positive
+    batch_size: Positive
+    kappa: float
+    epsilon: Rate
+    delta_frames: Positive | None  # Δ; None takes the policy's chunk size
+
+
+class Policy(Section):
+    """06: π0 with and without the weights. `config` holds fields of the policy's own LeRobot configuration."""
+
+    type: str
+    pretrained_path: str | None
+    config: dict[str, Any]
+    chunk_size: Positive
+    n_action_steps: Positive
+    steps: Positive
+    batch_size: Positive
+    learning_rate: Rate
+    warmup_steps: Annotated[int, Field(ge=0)]
+    cache_frames: bool  # hold all frames in memory at the policy's resolution
+    num_workers: Annotated[int, Field(ge=0)]
+    log_every: Positive
+    save_every: Positive
+
+
+class Params(Section):
+    base: Base
+    prepare: Prepare
+    annotate: Annotate
+    verify: Verify
+    sarm: Sarm
+    visualize: Visualize
+    rabc: Rabc
+    policy: Policy
+
+    _root: Path = PrivateAttr()
+    _scratch: bool = PrivateAttr(default=False)
+
+    @property
+    def paths(self) -> "Paths":
+        return Paths(self._root, self._root / self.base.outputs, self._scratch)
+
+    @property
+    def heads(self) -> tuple[Head, ...]:
+        """The model's heads: `single_stage` has no dense one."""
+        return ("sparse",) if self.base.annotation_mode == "single_stage" else ("sparse", "dense")
+
+    @property
+    def encoder(self) -> str:
+        """The encoder's folder, or its Hub id where there is no such folder."""
+        local = self.paths.resolve(self.prepare.encoder)
+        return str(local) if local.exists() else self.prepare.encoder
+
+    @property
+    def delta_frames(self) -> int:
+        """Δ of Eq 6 in frames."""
+        return self.rabc.delta_frames or self.policy.chunk_size
+
+
+class Paths:
+    """Where artifacts lie. Runs with overridden values write to `outputs/scratch/` and read there first."""
+
+    def __init__(self, root: Path, outputs: Path, scratch: bool) -> None:
+        self.root, self._outputs, self._scratch = root, outputs, scratch
+
+    def write(self, name: str) -> Path:
+        """Where the artifact `name` is written; its folder exists."""
+        path = (self._outputs / "scratch" if self._scratch else self._outputs) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def read(self, name: str, made_by: str) -> Path:
+        """Where the artifact `name` lies. Raises FileNotFoundError that names the notebook that makes it."""
+        candidates = [self._outputs / "scratch" / name] if self._scratch else []
+        for path in [*candidates, self._outputs / name]:
+            if path.exists():
+                return path
+        raise FileNotFoundError(f"{self._outputs / name} is not there yet: run the notebook {made_by} first.")
+
+    def resolve(self, path: str) -> Path:
+        """A path of `params.yaml`, which is relative to the file's folder."""
+        return (self.root / Path(path).expanduser()).resolve()
+
+
+def load(params_file: str | Path = "params.yaml", overrides: dict[str, Any] | None = None) -> Params:
+    """Read `params_file`, found in the working directory or above it, with dotted `overrides` applied.
+
+    Raises ParamsError with the path of each bad key, what was expected and what was found.
+    """
+    path = find_upwards(params_file)
+    values = read_yaml(path)
+    for dotted, value in (overrides or {}).items():
+        _set(values, dotted, value)
+    try:
+        params = Params.model_validate(values)
+    except ValidationError as error:
+        raise ParamsError("\n".join([f"{path.name} cannot be used:", *map(_explain, error.errors())])) from None
+    if params.sarm.max_rewind_steps >= params.sarm.n_obs_steps:
+        raise ParamsError("sarm.max_rewind_steps: must be smaller than sarm.n_obs_steps")
+    if params.sarm.window == "centred" and params.sarm.n_obs_steps % 2:
+        raise ParamsError("sarm.n_obs_steps: a centred window needs an even number (half before, half after)")
+    if params.base.annotation_mode == "single_stage" and "dense" in (params.rabc.head_mode, params.visualize.head_mode):
+        raise ParamsError("head_mode: annotation_mode single_stage has no dense head; use sparse")
+    params._root = path.parent
+    params._scratch = bool(set(overrides or {}) - {"base.device"}) and "base.outputs" not in (overrides or {})
+    return params
+
+
+def find_upwards(name: str | Path) -> Path:
+    """`name` as it is, or in the nearest folder above the working directory that has it."""
+    for folder in [Path.cwd(), *Path.cwd().parents]:
+        if (folder / name).is_file():
+            return (folder / name).resolve()
+    raise ParamsError(f"no {name} in {Path.cwd()} or above it")
+
+
+class _Yaml12Loader(yaml.SafeLoader):
+    """PyYAML reads `1e-3` as a string (YAML 1.1); DVC and people read a number."""
+
+
+_Yaml12Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$"),
+    list("-+.0123456789"),
+)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    values = yaml.load(path.read_text(), _Yaml12Loader)
+    if not isinstance(values, dict):
+        raise ParamsError(f"{path.name}: expected sections, found {type(values).__name__}")
+    return values
+
+
+def _set(values: dict[str, Any], dotted: str, value: Any) -> None:
+    *sections, key = dotted.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise ParamsError(f"{dotted}: {section} is a value, not a section")
+    values[key] = value
+
+
+def _explain(error: dict[str, Any]) -> str:
+    path = ".".join(map(str, error["loc"]))
+    if error["type"] == "extra_forbidden":
+        return f"  {path}: unknown key.{_suggest(error['loc'])}"
+    if error["type"] == "missing":
+        return f"  {path}: missing"
+    found = error["input"]
+    if isinstance(found, float) and math.isnan(found):
+        found = "nan"
+    return f"  {path}: {error['msg'].lower()}, found {found!r}"
+
+
+def _suggest(location: tuple[str, ...]) -> str:
+    model: Any = Params
+    for part in location[:-1]:
+        model = model.model_fields[part].annotation
+    known = list(getattr(model, "model_fields", {}))
+    close = difflib.get_close_matches(str(location[-1]), known, n=1)
+    return f" Did you mean {close[0]}?" if close else f" Known keys: {', '.join(known)}"

@@ -1,0 +1,138 @@
+"""How the notebooks run as DVC stages.
+
+    python -m sarm_lib.pipeline sources          what stages depend on: notebooks without outputs, the dataset's name
+    python -m sarm_lib.pipeline run 03_train_sarm
+    python -m sarm_lib.pipeline smoke            ten episodes through every notebook, into outputs/scratch/smoke
+
+Saving a notebook changes its file but not its code, so stages depend on the code alone. papermill runs the page; a run
+that fails leaves its report beside the good one as `NN_name.failed.ipynb`.
+"""
+
+import argparse
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import papermill
+from nbconvert import HTMLExporter
+
+from sarm_lib import dataset as datasets
+from sarm_lib.artifacts import staged
+from sarm_lib.params import find_upwards, load
+
+log = logging.getLogger("sarm")
+
+# Small values for a first look at a dataset: every stage, about a minute.
+SMOKE = {
+    "base.episodes": 10,
+    "base.outputs": "outputs/scratch/smoke",
+    "sarm.steps": 20,
+    "sarm.eval_every": 10,
+    "sarm.save_every": 10,
+    "sarm.warmup_steps": 5,
+    "sarm.batch_size": 8,
+    "policy.steps": 4,
+    "policy.batch_size": 4,
+    "policy.log_every": 2,
+    "policy.warmup_steps": 1,
+    "policy.save_every": 1000,
+}
+
+
+def notebooks(root: Path) -> list[Path]:
+    """The chapters, in order."""
+    return sorted((root / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+
+
+def code_of(notebook: Path) -> str:
+    """The code cells of a notebook, as one text; neither prose nor outputs are part of it."""
+    cells = nbformat.read(notebook, as_version=4).cells
+    return "\n\n".join(cell.source.rstrip() for cell in cells if cell.cell_type == "code") + "\n"
+
+
+def write_sources(root: Path) -> None:
+    """Write `outputs/sources/NN_name.py` for every notebook and `dataset.json`, the dataset's name and fingerprint."""
+    params = load(root / "params.yaml")
+    folder = params.paths.write("sources/x").parent
+    for notebook in notebooks(root):
+        _write_if_changed(folder / f"{notebook.stem}.py", code_of(notebook))
+    local = params.paths.resolve(params.base.dataset)
+    where = local if local.exists() else params.base.dataset
+    described: dict[str, Any] = {"dataset": params.base.dataset, "revision": params.base.revision}
+    if datasets.is_local(where):
+        described["fingerprint"] = datasets.fingerprint(Path(where))
+    _write_if_changed(folder / "dataset.json", json.dumps(described, indent=2, sort_keys=True) + "\n")
+
+
+def run(root: Path, name: str, overrides: dict[str, Any] | None = None, reports: Path | None = None) -> None:
+    """Run one notebook with papermill; its executed copy and HTML land in `outputs/reports/`."""
+    notebook = root / "notebooks" / f"{name}.ipynb"
+    reports = reports or load(root / "params.yaml").paths.write("reports/x").parent
+    reports.mkdir(parents=True, exist_ok=True)
+    report, failed = reports / f"{name}.ipynb", reports / f"{name}.failed.ipynb"
+    running = reports / f".{name}.running.ipynb"
+    parameters = {"overrides": overrides} if overrides else {}
+    os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")
+    start = time.monotonic()
+    try:
+        papermill.execute_notebook(
+            notebook,
+            running,
+            parameters,
+            cwd=str(notebook.parent),
+            kernel_name="python3",
+            progress_bar=False,
+            log_output=True,
+        )
+    except papermill.PapermillExecutionError as error:
+        os.replace(running, failed)
+        sys.exit(
+            f"{name}: {error.ename}: {error.evalue}\nThe page up to the failing cell is {failed.relative_to(root)}."
+        )
+    os.replace(running, report)
+    failed.unlink(missing_ok=True)
+    html, _ = HTMLExporter(embed_images=True).from_filename(str(report))
+    with staged(report.with_suffix(".html")) as partial:
+        partial.write_text(html)
+    log.info("%s ran in %.0f s: %s", name, time.monotonic() - start, report.with_suffix(".html").relative_to(root))
+
+
+def smoke(root: Path) -> None:
+    """Every notebook on ten episodes with few steps: finds out in about a minute what is wrong with a dataset."""
+    for notebook in notebooks(root):
+        log.info("%s …", notebook.stem)
+        run(root, notebook.stem, SMOKE, reports=root / SMOKE["base.outputs"] / "reports")
+    log.info("the whole chain runs on this dataset; the reports are in %s/reports", SMOKE["base.outputs"])
+
+
+def _write_if_changed(path: Path, text: str) -> None:
+    if not path.exists() or path.read_text() != text:
+        with staged(path) as partial:
+            partial.write_text(text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("sources")
+    commands.add_parser("run").add_argument("name")
+    commands.add_parser("smoke")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("papermill").setLevel(logging.WARNING)
+    root = find_upwards("params.yaml").parent
+    if arguments.command == "sources":
+        write_sources(root)
+    elif arguments.command == "run":
+        run(root, arguments.name)
+    else:
+        smoke(root)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""Progress φ of every frame by a reward model, and the file that carries it: `sarm_progress.parquet`.
+
+The file has LeRobot's columns (`index`, `episode_index`, `frame_index`, `progress_sparse`, `progress_dense`) and, in its
+schema metadata, what made it: LeRobot's `reward_model_path`, the checkpoint's digest and the dataset's fingerprint.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from tqdm.auto import tqdm
+
+from sarm_lib.artifacts import staged
+from sarm_lib.dataset import Dataset, Episode
+from sarm_lib.encoder import Embeddings
+from sarm_lib.lerobot_io import RewardModel, checkpoint_digest
+from sarm_lib.model import Sarm
+from sarm_lib.stages import Labels, progress
+from sarm_lib.windows import FrameStore, pad_state
+
+PROVENANCE = b"sarm_lib"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one head says of n frames."""
+
+    progress: np.ndarray  # (n,) float32, φ
+    stage: np.ndarray  # (n,) int64
+    tau: np.ndarray  # (n,) float32
+    probabilities: np.ndarray  # (n, K) float32
+
+
+def frame_store(dataset: Dataset, embeddings: Embeddings, model: RewardModel) -> FrameStore:
+    """What `model` scores frames from: its own cameras, and states in its own units.
+
+    Raises ValueError when the embeddings come from another encoder than the model was trained on.
+    """
+    if model.encoder_identity and model.encoder_identity != embeddings.encoder_identity:
+        raise ValueError(
+            f"the reward model was trained on embeddings of {model.encoder}, these are of {embeddings.encoder}: "
+            "set prepare.encoder to the model's and run 00_prepare"
+        )
+    missing = set(model.image_keys) - set(embeddings.cameras)
+    if missing:
+        raise ValueError(
+            f"the reward model sees {', '.join(missing)}, which is not encoded: add it to base.image_keys and run 00_prepare"
+        )
+    lengths = np.array([episode.length for episode in dataset.episodes])
+    starts = np.array([episode.row for episode in dataset.episodes])
+    states = torch.from_numpy(model.normalise(dataset.states))
+    return FrameStore(
+        embeddings,
+        model.image_keys,
+        pad_state(states, model.spec.max_state_dim),
+        dataset.frames.task_index.to_numpy(),
+        np.repeat(starts, lengths),
+        np.repeat(lengths, lengths),
+    )
+
+
+@torch.inference_mode()
+def score(
+    sarm: Sarm, store: FrameStore, rows: np.ndarray, head: str, batch_size: int = 256, quiet: bool = True
+) -> Scores:
+    """Predict stage, τ and φ of the frames `rows` (n,) with `head`."""
+    window, parts = sarm.spec.window, []
+    device = next(sarm.parameters()).device
+    sarm.eval()
+    for first in tqdm(
+        range(0, len(rows), batch_size), desc=f"scoring, {head}", unit="batch", disable=quiet, mininterval=5
+    ):
+        batch = rows[first : first + batch_size]
+        start, length = store.start[batch], store.length[batch]
+        frames = window.observed(batch - start, length) + start[:, None]
+        windows = store.gather(frames, np.full(len(batch), window.length), store.task_texts(batch)).to(device)
+        prediction = sarm.predict(windows, head)
+        parts.append([tensor[:, window.position].cpu().numpy() for tensor in prediction])
+    probabilities, stage, tau = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return Scores(progress(stage, tau, np.array(sarm.spec.proportions[head])), stage, tau, probabilities)
+
+
+def score_episode(
+    sarm: Sarm, store: FrameStore, episode: Episode, head: str, stride: int = 1, batch_size: int = 256
+) -> Scores:
+    """Scores of every frame of an episode; with a `stride`, every n-th and the last are predicted and the rest
+    interpolated (φ, τ and probabilities linearly, the stage from the nearest predicted frame)."""
+    asked = np.unique(np.append(np.arange(0, episode.length, stride), episode.length - 1))
+    scores = score(sarm, store, episode.row + asked, head, batch_size)
+    if stride == 1:
+        return scores
+    frames = np.arange(episode.length)
+    nearest = np.abs(asked[None] - frames[:, None]).argmin(1)
+    line = lambda values: np.interp(frames, asked, values).astype(np.float32)  # noqa: E731
+    probabilities = np.stack([line(column) for column in scores.probabilities.T], axis=1)
+    return Scores(line(scores.progress), scores.stage[nearest], line(scores.tau), probabilities)
+
+
+def score_dataset(
+    sarm: Sarm, store: FrameStore, dataset: Dataset, heads: tuple[str, ...], stride: int, batch_size: int
+) -> dict[str, np.ndarray]:
+    """φ of every frame of the dataset, a head: (N,) float32."""
+    if stride == 1:
+        rows = np.arange(dataset.num_frames)
+        return {head: score(sarm, store, rows, head, batch_size, quiet=False).progress for head in heads}
+    return {
+        head: np.concatenate(
+            [score_episode(sarm, store, e, head, stride, batch_size).progress for e in dataset.episodes]
+        )
+        for head in heads
+    }
+
+
+def errors(
+    scores: dict[tuple[int, str], Scores], labels: Labels, episodes: list[Episode], heads: tuple[str, ...]
+) -> pd.DataFrame:
+    """Mean squared error of φ against the target, a row an episode and a column a head."""
+    table = {
+        h: [float(np.mean((scores[e.index, h].progress - labels.progress(e, h)) ** 2)) for e in episodes] for h in heads
+    }
+    return pd.DataFrame(table, index=pd.Index([e.index for e in episodes], name="episode"))
+
+
+def ensure_progress(
+    path: Path, params, dataset: Dataset, embeddings: Embeddings, model: RewardModel, reward_model_path: str
+) -> None:
+    """Make `path` the progress of `dataset` by `model`, unless it is that already."""
+    heads = model.spec.heads if params.rabc.head_mode == "both" else (params.rabc.head_mode,)
+    provenance = {
+        "reward_model_path": reward_model_path,
+        "checkpoint": checkpoint_digest(params.paths.root / reward_model_path),
+        "fingerprint": embeddings.fingerprint,
+        "encoder_identity": embeddings.encoder_identity,
+        "episodes": [episode.index for episode in dataset.episodes],
+        "heads": list(heads),
+        "stride": params.rabc.stride,
+    }
+    if path.exists() and read_provenance(path) == provenance:
+        return
+    store = frame_store(dataset, embeddings, model)
+    found = score_dataset(model.sarm, store, dataset, heads, params.rabc.stride, params.rabc.batch_size)
+    write_progress(path, dataset, found, provenance)
+
+
+def write_progress(path: Path, dataset: Dataset, progress_of: dict[str, np.ndarray], provenance: dict) -> None:
+    """Write `sarm_progress.parquet`. provenance: `reward_model_path` and whatever else made the values.
+
+    Raises ValueError for a value that is not finite: no NaN ever becomes a weight.
+    """
+    frames = dataset.frames
+    table = {name: pa.array(frames[name].to_numpy(), pa.int64()) for name in ("index", "episode_index", "frame_index")}
+    for head, values in progress_of.items():
+        bad = np.flatnonzero(~np.isfinite(values))
+        if len(bad):
+            where = frames.iloc[bad[0]]
+            raise ValueError(
+                f"progress of {len(bad)} frames is not finite, first in episode {int(where.episode_index)} at frame "
+                f"{int(where.frame_index)}: look at its state and embedding (notebook 00)"
+            )
+        table[f"progress_{head}"] = pa.array(values, pa.float32())
+    metadata = {
+        b"reward_model_path": str(provenance["reward_model_path"]).encode(),
+        PROVENANCE: json.dumps(provenance, sort_keys=True).encode(),
+    }
+    with staged(path) as partial:
+        pq.write_table(pa.table(table).replace_schema_metadata(metadata), partial)
+
+
+def read_provenance(path: Path) -> dict | None:
+    """What made a progress file, or None for a file that does not say (LeRobot's own)."""
+    metadata = pq.read_schema(path).metadata or {}
+    return json.loads(metadata[PROVENANCE]) if PROVENANCE in metadata else None

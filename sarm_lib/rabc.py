@@ -1,0 +1,173 @@
+"""RA-BC: from progress φ to a weight for every frame (Eq 6, 8, 9), and what the weights say about a dataset.
+
+    r_t = φ(o_{t+Δ}) - φ(o_t)                                                                  Eq 6
+    w̃_t = clip((r_t - (μ - 2σ)) / (4σ + ε), 0, 1)        μ ← max(μ, 0)                          Eq 8
+    w_t = 1{r_t > κ} + 1{0 ≤ r_t ≤ κ} · w̃_t                                                    Eq 9
+
+Vectorised over the file's columns; no frame is looked at alone.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sarm_lib.artifacts import staged
+from sarm_lib.dataset import Dataset, Episode
+from sarm_lib.progress import read_provenance
+
+Head = Literal["sparse", "dense"]
+
+
+@dataclass(frozen=True)
+class RabcWeights:
+    """Weights of N frames, in the order of the progress file, and the statistics that made them."""
+
+    index: np.ndarray  # (N,) global frame index
+    episode_index: np.ndarray  # (N,)
+    frame_index: np.ndarray  # (N,)
+    delta: np.ndarray  # (N,) float32, r of Eq 6
+    weight: np.ndarray  # (N,) float32 in [0, 1]
+    delta_mean: float  # μ over the training episodes, not below 0
+    delta_std: float  # σ, not below ε
+    delta_frames: int
+    kappa: float
+    epsilon: float
+
+    def statistics(self, episodes: list[int]) -> dict[str, float | int]:
+        """The guide's diagnostics over the frames of `episodes`."""
+        mine = np.isin(self.episode_index, episodes)
+        weight = self.weight[mine]
+        return {
+            "delta_frames": self.delta_frames,
+            "kappa": self.kappa,
+            "epsilon": self.epsilon,
+            "delta_mean": round(float(self.delta[mine].mean()), 6),
+            "delta_std": round(float(self.delta[mine].std()), 6),
+            "mean_weight": round(float(weight.mean()), 6),
+            "num_frames": int(mine.sum()),
+            "num_zero": int((weight == 0).sum()),
+            "num_full": int((weight == 1).sum()),
+        }
+
+
+def deltas(
+    progress: np.ndarray, episode_index: np.ndarray, delta_frames: int, end: Literal["hold", "shrink"] = "hold"
+) -> np.ndarray:
+    """r (N,) float32 by Eq 6 for frames in the order of their episodes.
+
+    Within Δ of an episode's end there is no o_{t+Δ}. `hold` gives these frames the r of the last full window, so that
+    the frames that finish the task are not worthless; in an episode shorter than Δ it scales its whole gain to Δ.
+    `shrink` is LeRobot's: r goes to 0 towards the end.
+    """
+    n = len(progress)
+    starts = np.flatnonzero(np.r_[True, episode_index[1:] != episode_index[:-1]])
+    lengths = np.diff(np.r_[starts, n])
+    first, last = np.repeat(starts, lengths), np.repeat(starts + lengths - 1, lengths)
+    frame = np.arange(n)
+    if end == "shrink":
+        return progress[np.minimum(frame + delta_frames, last)] - progress[frame]
+    frame = np.maximum(np.minimum(frame, last - delta_frames), first)
+    horizon = np.minimum(delta_frames, last - first)  # shorter than Δ only where the whole episode is
+    gain = progress[frame + horizon] - progress[frame]
+    return (gain * (delta_frames / np.maximum(horizon, 1))).astype(np.float32)
+
+
+def weights(delta: np.ndarray, mean: float, std: float, kappa: float, epsilon: float) -> np.ndarray:
+    """w (N,) float32 in [0, 1] by Eq 8 and Eq 9 from r (N,), μ and σ."""
+    mean, std = max(mean, 0.0), max(std, epsilon)
+    soft = np.clip((delta - (mean - 2 * std)) / (4 * std + epsilon), 0.0, 1.0)
+    return np.where(delta > kappa, 1.0, np.where(delta >= 0, soft, 0.0)).astype(np.float32)
+
+
+def compute(
+    path: Path,
+    head: Head,
+    delta_frames: int,
+    kappa: float,
+    epsilon: float,
+    train_episodes: list[int],
+    fingerprint: str | None = None,
+) -> RabcWeights:
+    """Weights from a progress file; μ and σ come from `train_episodes` alone.
+
+    Raises ValueError for a file of another dataset, without this head, or with a value that is not finite.
+    """
+    made = read_provenance(path)
+    if fingerprint and made and made.get("fingerprint") != fingerprint:
+        raise ValueError(
+            f"{path.name} is the progress of another dataset ({made.get('fingerprint')}, this one is {fingerprint}): run 05_compute_rabc"
+        )
+    column = f"progress_{head}"
+    names = pq.read_schema(path).names
+    if column not in names:
+        raise ValueError(
+            f"{path.name} has no {column}; it has {', '.join(n for n in names if n.startswith('progress'))}"
+        )
+    table = pq.read_table(path, columns=["index", "episode_index", "frame_index", column]).sort_by("index")
+    index, episode_index, frame_index, progress = (table[name].to_numpy() for name in table.column_names)
+    bad = np.flatnonzero(~np.isfinite(progress))
+    if len(bad):
+        raise ValueError(
+            f"{path.name}: {column} is not finite in {len(bad)} frames, first in episode {episode_index[bad[0]]} at frame "
+            f"{frame_index[bad[0]]}: score these frames again (notebook 05) or delete the episode"
+        )
+    delta = deltas(progress, episode_index, delta_frames)
+    train = np.isin(episode_index, train_episodes)
+    if not train.any():
+        raise ValueError(f"{path.name} has no frame of a training episode")
+    mean, std = max(float(delta[train].mean()), 0.0), max(float(delta[train].std()), epsilon)
+    weight = weights(delta, mean, std, kappa, epsilon)
+    return RabcWeights(index, episode_index, frame_index, delta, weight, mean, std, delta_frames, kappa, epsilon)
+
+
+def write_weights(path: Path, computed: RabcWeights) -> None:
+    """`rabc_weights.parquet`: index, episode_index, frame_index, delta, weight."""
+    names = ("index", "episode_index", "frame_index", "delta", "weight")
+    with staged(path) as partial:
+        pq.write_table(pa.table({name: getattr(computed, name) for name in names}), partial)
+
+
+def weights_of_rows(path: Path, dataset: Dataset) -> np.ndarray:
+    """The weight of every row of `dataset`, (N,) float32. Raises ValueError where a frame has none."""
+    table = pq.read_table(path, columns=["index", "weight"])
+    index, weight = table["index"].to_numpy(), table["weight"].to_numpy()
+    wanted = dataset.frames["index"].to_numpy()
+    position = np.searchsorted(index, wanted)
+    if not np.array_equal(index[np.minimum(position, len(index) - 1)], wanted):
+        raise ValueError(
+            f"{path.name} has no weight for some frames of {dataset.root.name}: run 05_compute_rabc on this dataset"
+        )
+    return weight[position]
+
+
+def rows_of(episodes: tuple[Episode, ...]) -> np.ndarray:
+    """Rows of all frames of `episodes`."""
+    return np.concatenate([np.arange(e.row, e.row + e.length) for e in episodes])
+
+
+def warnings(statistics: dict[str, float | int]) -> list[str]:
+    """The guide's table of symptoms, in words; empty for a healthy weighting (mean weight 0.3 to 0.8)."""
+    found = []
+    if statistics["delta_mean"] <= 0:
+        found.append("delta mean ≤ 0: predicted progress does not rise; look at the reward model (notebook 04) first")
+    if statistics["delta_std"] < 1e-6:
+        found.append("delta std ≈ 0: every frame looks alike, so there is nothing to weight")
+    if statistics["mean_weight"] > 0.95:
+        found.append(
+            "mean weight ≈ 1: κ is too low and RA-BC is plain behaviour cloning; raise rabc.kappa towards delta mean"
+        )
+    elif statistics["mean_weight"] > 0.8:
+        found.append("mean weight above 0.8: RA-BC changes little; raise rabc.kappa towards delta mean + delta std")
+    elif statistics["mean_weight"] < 0.3:
+        found.append("mean weight below 0.3: few frames are left to learn from; lower rabc.kappa")
+    return found
+
+
+def suggested_kappas(statistics: dict[str, float | int]) -> dict[str, float]:
+    """The guide's three rules for κ."""
+    mean, std = statistics["delta_mean"], statistics["delta_std"]
+    return {"μ (medium)": mean, "μ + σ (high)": mean + std, "μ + 2σ (very selective)": mean + 2 * std}
