@@ -81,4 +81,4 @@ def caption(scene: Scene) -> str:
 
 
 def _centimetres(metres: float, step: int = 2) -> int:
-    return max(0, int(round(metres * 100 / step)) * step)
+    return max(0, round(float(metres) * 100 / step) * step)

@@ -41,7 +41,7 @@ def record_frames() -> tuple[np.ndarray, list[str]]:
             sim,
             KINDS[i % len(KINDS)],
             FIRST_SEED + i,
-            on_frame=lambda: frames.append(np.stack(list(sim.render().values()))),
+            on_frame=lambda kept=frames: kept.append(np.stack(list(sim.render().values()))),
         )
         images += frames
         captions += [caption(scene) for scene in demonstration.scenes]

@@ -71,7 +71,7 @@ def record(root: Path) -> None:
     rows = []
     for index, (split, kind, seed) in enumerate(tqdm(plan, desc="recording")):
         images: list[dict[str, np.ndarray]] = []
-        demonstration = demonstrate(sim, kind, seed, on_frame=lambda: images.append(sim.render()))
+        demonstration = demonstrate(sim, kind, seed, on_frame=lambda kept=images: kept.append(sim.render()))
         add_episode(dataset, demonstration, images, truth)
         rows.append(
             {

@@ -21,6 +21,11 @@ def digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
+def code_digest(*modules: str) -> str:
+    """Names the code of these modules of `sarm_lib`: what made an artifact is also the program that made it."""
+    return digest(*((Path(__file__).parent / f"{module}.py").read_text() for module in modules))
+
+
 def file_digest(path: Path) -> str:
     """SHA-256 of a file's bytes."""
     with path.open("rb") as file:

@@ -136,27 +136,31 @@ def stage_probabilities(probabilities: np.ndarray, names: list[str], fps: int) -
     )
 
 
-def delta_histogram(delta: np.ndarray, weight: np.ndarray, kappa: float) -> alt.LayerChart:
-    """Frames by progress delta r, split by the weight they get, with κ marked. Binned here: any number of frames."""
+WEIGHT_KINDS = ("weight 0", "soft weight", "weight 1")
+
+
+def delta_bins(delta: np.ndarray, weight: np.ndarray) -> pd.DataFrame:
+    """Frames counted by progress delta r and the kind of weight they get: `low`, `high`, `frames`, `kind`."""
     edges = np.linspace(*np.percentile(delta, [0.2, 99.8]), 61)
-    kinds = {"weight 0": weight == 0, "soft weight": (weight > 0) & (weight < 1), "weight 1": weight == 1}
     rows = []
-    for kind, mine in kinds.items():
+    for kind, mine in zip(WEIGHT_KINDS, (weight == 0, (weight > 0) & (weight < 1), weight == 1), strict=True):
         counts, _ = np.histogram(delta[mine], edges)
-        rows += [
-            {"low": a, "high": b, "frames": int(n), "kind": kind}
-            for a, b, n in zip(edges, edges[1:], counts, strict=False)
-            if n
-        ]
+        bins = zip(edges[:-1].round(5).tolist(), edges[1:].round(5).tolist(), counts.tolist(), strict=True)
+        rows += [{"low": low, "high": high, "frames": count, "kind": kind} for low, high, count in bins if count]
+    return pd.DataFrame(rows)
+
+
+def delta_histogram(delta: np.ndarray, weight: np.ndarray, kappa: float) -> alt.LayerChart:
+    """The distribution of r with κ marked. Binned before it is drawn: any number of frames."""
     bars = (
-        alt.Chart(pd.DataFrame(rows), title="Progress gained in Δ frames, and the weight it earns")
+        alt.Chart(delta_bins(delta, weight), title="Progress gained in Δ frames, and the weight it earns")
         .mark_bar()
         .encode(
             x=alt.X("low:Q", title="r = φ(t+Δ) − φ(t)"),
             x2="high:Q",
             y=alt.Y("frames:Q"),
             color=alt.Color(
-                "kind:N", scale=alt.Scale(domain=list(kinds), range=[ACCENT, "#56B4E9", PREDICTED]), title=None
+                "kind:N", scale=alt.Scale(domain=list(WEIGHT_KINDS), range=[ACCENT, "#56B4E9", PREDICTED]), title=None
             ),
         )
     )

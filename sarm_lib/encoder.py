@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sarm_lib.artifacts import digest, file_digest, is_current, read_json, staged, write_json
+from sarm_lib.artifacts import code_digest, digest, file_digest, is_current, read_json, staged, write_json
 from sarm_lib.dataset import Dataset, fingerprint
 
 INDEX = "index.json"
@@ -22,14 +22,14 @@ INDEX = "index.json"
 class Encoder:
     """CLIP's two towers, frozen, in float32."""
 
-    def __init__(self, name: str, device: str = "cpu") -> None:
+    def __init__(self, path: str, device: str, name: str) -> None:
         from transformers import AutoTokenizer, CLIPModel  # seconds to load, and only stages that encode need them
         from transformers.models.clip import CLIPImageProcessor
 
-        self.name, self.device = name, torch.device(device)
-        self.model = CLIPModel.from_pretrained(name, dtype=torch.float32).to(self.device).eval().requires_grad_(False)
-        self.processor = CLIPImageProcessor.from_pretrained(name)
-        self.tokenizer = AutoTokenizer.from_pretrained(name)
+        self.path, self.name, self.device = path, name, torch.device(device)
+        self.model = CLIPModel.from_pretrained(path, dtype=torch.float32).to(self.device).eval().requires_grad_(False)
+        self.processor = CLIPImageProcessor.from_pretrained(path)
+        self.tokenizer = AutoTokenizer.from_pretrained(path)
 
     @property
     def width(self) -> int:
@@ -39,7 +39,7 @@ class Encoder:
     @property
     def identity(self) -> str:
         """A name for these weights, whatever folder they lie in."""
-        weights = Path(self.name) / "model.safetensors"
+        weights = Path(self.path) / "model.safetensors"
         return file_digest(weights)[:16] if weights.exists() else digest(self.name, self.model.config._commit_hash)
 
     @torch.inference_mode()
@@ -74,9 +74,15 @@ class Embeddings:
         return torch.from_numpy(np.stack([self.cameras[key][rows] for key in image_keys], axis=1))
 
 
-def load(name: str, device: str = "cpu") -> Encoder:
-    """A CLIP encoder from a local folder or the Hub. Raises OSError with what was looked for."""
-    return Encoder(name, device)
+def load(path: str, device: str = "cpu", name: str | None = None) -> Encoder:
+    """A CLIP encoder from a local folder or the Hub; `name` is what artifacts call it. Raises OSError with what was
+    looked for."""
+    return Encoder(path, device, name or path)
+
+
+def from_params(params, device: str) -> Encoder:
+    """The encoder that `prepare.encoder` names."""
+    return load(params.encoder, device, params.prepare.encoder)
 
 
 def encode_dataset(dataset: Dataset, encoder: Encoder, folder: Path, batch_size: int) -> dict:
@@ -88,6 +94,7 @@ def encode_dataset(dataset: Dataset, encoder: Encoder, folder: Path, batch_size:
         "cameras": list(dataset.image_keys),
         "episodes": [[episode.index, episode.length] for episode in dataset.episodes],
         "tasks": dataset.tasks,
+        "code": code_digest("dataset", "encoder"),
     }
     if is_current(folder, made_from):
         return read_json(folder / INDEX)

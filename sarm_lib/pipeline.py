@@ -9,7 +9,6 @@ that fails leaves its report beside the good one as `NN_name.failed.ipynb`.
 """
 
 import argparse
-import json
 import logging
 import os
 import sys
@@ -22,7 +21,7 @@ import papermill
 from nbconvert import HTMLExporter
 
 from sarm_lib import dataset as datasets
-from sarm_lib.artifacts import staged
+from sarm_lib.artifacts import staged, write_json
 from sarm_lib.params import find_upwards, load
 
 log = logging.getLogger("sarm")
@@ -58,15 +57,23 @@ def code_of(notebook: Path) -> str:
 def write_sources(root: Path) -> None:
     """Write `outputs/sources/NN_name.py` for every notebook and `dataset.json`, the dataset's name and fingerprint."""
     params = load(root / "params.yaml")
-    folder = params.paths.write("sources/x").parent
-    for notebook in notebooks(root):
-        _write_if_changed(folder / f"{notebook.stem}.py", code_of(notebook))
+    folder = params.paths.write("sources")
+    with staged(folder) as partial:
+        partial.mkdir()
+        for notebook in notebooks(root):
+            (partial / f"{notebook.stem}.py").write_text(code_of(notebook))
+        write_json(partial / "dataset.json", describe_dataset(params))
+
+
+def describe_dataset(params) -> dict[str, Any]:
+    """The name of the dataset and, of a local one, its fingerprint: no video is read, whatever its size."""
     local = params.paths.resolve(params.base.dataset)
     where = local if local.exists() else params.base.dataset
-    described: dict[str, Any] = {"dataset": params.base.dataset, "revision": params.base.revision}
-    if datasets.is_local(where):
-        described["fingerprint"] = datasets.fingerprint(Path(where))
-    _write_if_changed(folder / "dataset.json", json.dumps(described, indent=2, sort_keys=True) + "\n")
+    return {
+        "dataset": params.base.dataset,
+        "revision": params.base.revision,
+        "fingerprint": datasets.fingerprint(Path(where)) if datasets.is_local(where) else None,
+    }
 
 
 def run(root: Path, name: str, overrides: dict[str, Any] | None = None, reports: Path | None = None) -> None:
@@ -110,12 +117,6 @@ def smoke(root: Path) -> None:
     log.info("the whole chain runs on this dataset; the reports are in %s/reports", SMOKE["base.outputs"])
 
 
-def _write_if_changed(path: Path, text: str) -> None:
-    if not path.exists() or path.read_text() != text:
-        with staged(path) as partial:
-            partial.write_text(text)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -125,6 +126,7 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("papermill").setLevel(logging.WARNING)
+    logging.getLogger("traitlets").setLevel(logging.ERROR)  # nbconvert counts images without alternative text
     root = find_upwards("params.yaml").parent
     if arguments.command == "sources":
         write_sources(root)

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import sarm_lib.small_pi0  # noqa: F401  (registers the policy type)
-from sarm_lib.artifacts import PROVENANCE, digest, is_current, read_json, remove, staged, write_json
+from sarm_lib.artifacts import PROVENANCE, code_digest, digest, is_current, read_json, remove, staged, write_json
 from sarm_lib.dataset import Dataset, Episode, fingerprint
 from sarm_lib.rabc import rows_of
 from sarm_lib.training import learning_rate
@@ -177,7 +177,10 @@ class StreamedFrames:
     def batches(self, rows: Iterable[np.ndarray]) -> Iterator[dict[str, Any]]:
         meta, index = self.dataset.lerobot_metadata, self.dataset.frames["index"].to_numpy()
         source = LeRobotDataset(
-            meta.repo_id, root=meta.root, delta_timestamps={ACTION: [i / meta.fps for i in range(self.chunk_size)]}
+            meta.repo_id,
+            root=meta.root,
+            delta_timestamps={ACTION: [i / meta.fps for i in range(self.chunk_size)]},
+            video_backend=video_backend(),
         )
         sampler = ([int(index[row]) for row in batch] for batch in rows)
         loader = torch.utils.data.DataLoader(source, batch_sampler=_Once(sampler), num_workers=self.num_workers)
@@ -191,6 +194,16 @@ def frames_for(settings, dataset: Dataset, splits: tuple[str, ...], device: str)
     resolution = _make_config(settings, device).image_resolution
     episodes = tuple(episode for split in splits for episode in dataset.split(split))
     return cache_frames(dataset, episodes, dataset.camera_keys, resolution, settings.chunk_size)
+
+
+def video_backend() -> str:
+    """LeRobot's decoder for random access: torchcodec where the system has its FFmpeg libraries, else PyAV."""
+    try:
+        import torchcodec.decoders  # noqa: F401
+    except (ImportError, OSError, RuntimeError):
+        log.info("torchcodec finds no FFmpeg libraries: frames are decoded with PyAV, which carries its own")
+        return "pyav"
+    return "torchcodec"
 
 
 class _Once:
@@ -289,6 +302,7 @@ def provenance(arm: Arm, params, dataset: Dataset) -> dict[str, Any]:
         "weights": None if arm.weights is None else digest(arm.weights.tobytes().hex(), params.rabc.epsilon),
         "seed": params.base.seed,
         "settings": params.policy.model_dump(),
+        "code": code_digest("policy", "small_pi0"),
     }
 
 
@@ -346,7 +360,9 @@ def _train_config(settings, dataset: Dataset, policy, arm: Arm, seed: int) -> Tr
     """What LeRobot writes beside a policy: how it was trained."""
     return TrainPipelineConfig(
         dataset=DatasetConfig(
-            repo_id=dataset.lerobot_metadata.repo_id, episodes=[e.index for e in dataset.split("train")]
+            repo_id=dataset.lerobot_metadata.repo_id,
+            episodes=[episode.index for episode in dataset.split("train")],
+            video_backend="pyav",  # runs everywhere; LeRobot's default asks the machine
         ),
         policy=policy.config,
         job_name=arm.name,

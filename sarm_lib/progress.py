@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import torch
 from tqdm.auto import tqdm
 
-from sarm_lib.artifacts import staged
+from sarm_lib.artifacts import code_digest, staged
 from sarm_lib.dataset import Dataset, Episode
 from sarm_lib.encoder import Embeddings
 from sarm_lib.lerobot_io import RewardModel, checkpoint_digest
@@ -139,6 +139,7 @@ def ensure_progress(
         "episodes": [episode.index for episode in dataset.episodes],
         "heads": list(heads),
         "stride": params.rabc.stride,
+        "code": code_digest("windows", "model", "stages", "progress"),
     }
     if path.exists() and read_provenance(path) == provenance:
         return

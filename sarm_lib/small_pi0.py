@@ -125,6 +125,11 @@ class SmallPI0Policy(PI0Policy):
         self.model.to(config.device)
         self.reset()
 
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs) -> "SmallPI0Policy":
+        """Load strictly. π0's own loading renames OpenPI's keys and goes on with random weights after an error."""
+        return super(PI0Policy, cls).from_pretrained(*args, **kwargs)
+
 
 @ProcessorStepRegistry.register(name="small_pi0_tokenizer")
 @dataclass

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from sarm_lib.artifacts import staged
+from sarm_lib.artifacts import code_digest, staged
 from sarm_lib.dataset import Dataset, Episode
 from sarm_lib.encoder import Embeddings, Encoder
 from sarm_lib.lerobot_io import RewardModel
@@ -196,6 +196,7 @@ def provenance(params, dataset: Dataset, embeddings: Embeddings, labels: Labels)
         "state_key": dataset.state_key,
         "seed": params.base.seed,
         "settings": params.sarm.model_dump(),
+        "code": code_digest("windows", "model", "stages", "training", "progress"),
     }
 
 

@@ -1,0 +1,65 @@
+# make repro   run the whole pipeline          make test    run all tests
+# make lab     open the notebooks              make smoke   ten episodes of your dataset through every notebook
+# make lint    check style                     make bench   run the benchmarks
+# make lock    renew requirements.lock         make demo    record the demo dataset again (needs OpenGL)
+# Each builds what it needs. PYTHON=/path/to/python3.12 chooses the interpreter.
+
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+.PHONY: env data repro test lab smoke lint bench lock demo clean
+
+VENV := .venv
+BIN := $(abspath $(VENV))/bin
+export PATH := $(BIN):$(PATH)
+# Nothing here phones home or waits for a network that is not there.
+export DO_NOT_TRACK := 1
+export DVC_NO_ANALYTICS := 1
+export HF_HUB_DISABLE_TELEMETRY := 1
+export TOKENIZERS_PARALLELISM := false
+
+repro: data
+	dvc repro
+	@echo "Reports: outputs/reports/*.html"
+
+test: data
+	python -m pytest
+
+lab: data
+	jupyter lab notebooks
+
+smoke: env
+	@test -e data/demo || dvc pull -q data.dvc
+	python -m sarm_lib.pipeline smoke
+
+lint: env
+	ruff check .
+	ruff format --check sarm_lib demo tests benchmarks
+
+bench: data
+	python -m benchmarks
+
+demo: env
+	python -m demo.record data/demo/assembly
+	python -m demo.encoder data/demo/encoder
+	@echo "Recorded. To keep it: dvc add data && dvc push"
+
+lock:
+	@test -x $(BIN)/uv || $(MAKE) env
+	uv pip compile pyproject.toml --extra sim --extra dev --universal --python-version 3.12 \
+	  --generate-hashes --no-emit-index-url --upgrade --quiet -o requirements.lock
+
+data: env
+	@dvc status -q data.dvc || dvc pull -q data.dvc
+
+env: $(VENV)/.installed
+
+$(VENV)/.installed: requirements.lock pyproject.toml .ci/find-python
+	python312=$$(bash .ci/find-python) && "$$python312" -m venv --clear $(VENV)
+	sed -n '/^uv==/,/[^\\]$$/p' requirements.lock > $(VENV)/uv.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r $(VENV)/uv.txt
+	$(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@touch $@
+
+clean:
+	rm -rf $(VENV) outputs/scratch outputs/work

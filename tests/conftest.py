@@ -1,0 +1,202 @@
+"""A tiny dataset, a tiny encoder and a tiny project: everything runs on them in seconds, without network or GPU."""
+
+import os
+import shutil
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import nbformat
+import numpy as np
+import pytest
+import torch
+import yaml
+
+ROOT = Path(__file__).parents[1]
+CAMERAS = ("observation.images.top", "observation.images.side")
+TASKS = ("stack the cubes", "sort the cubes")
+LENGTHS = (14, 18, 16, 20, 15, 17, 19, 16)
+torch.set_num_threads(1)  # sums in one order: the same bytes on any number of cores
+
+
+def make_dataset(root: Path, *, use_videos: bool = True, seed: int = 0, files: int = 1) -> Path:
+    """A LeRobot v3 dataset of eight short episodes: a bright square crosses the picture, `sim.*` columns ride along.
+
+    files > 1 spreads it over several data, video and episode files.
+    """
+    from lerobot.configs.video import RGBEncoderConfig
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    picture = {
+        "dtype": "video" if use_videos else "image",
+        "shape": (32, 32, 3),
+        "names": ["height", "width", "channels"],
+    }
+    features = {
+        **dict.fromkeys(CAMERAS, picture),
+        "observation.state": {"dtype": "float32", "shape": (3,), "names": ["a", "b", "c"]},
+        "action": {"dtype": "float32", "shape": (2,), "names": ["x", "y"]},
+        "sim.progress": {"dtype": "float32", "shape": (1,), "names": None},
+    }
+    codec = RGBEncoderConfig(vcodec="h264", crf=18, g=5)
+    dataset = LeRobotDataset.create(
+        "test/tiny",
+        10,
+        features,
+        root=root,
+        use_videos=use_videos,
+        rgb_encoder=codec,
+        video_files_size_in_mb=0.001 if files > 1 else None,
+        data_files_size_in_mb=0.001 if files > 1 else None,
+        metadata_buffer_size=2 if files > 1 else 10,
+    )
+    rng = np.random.default_rng(seed)
+    for episode, length in enumerate(LENGTHS):
+        for t in range(length):
+            progress = t / (length - 1)
+            image = rng.integers(0, 40, (32, 32, 3), dtype=np.uint8)
+            image[8:16, int(progress * 24) : int(progress * 24) + 8] = 200
+            frame = {
+                CAMERAS[0]: image,
+                CAMERAS[1]: np.ascontiguousarray(image[::-1]),
+                "observation.state": np.array([progress, rng.normal(), episode], dtype=np.float32),
+                "action": rng.normal(size=2).astype(np.float32),
+                "sim.progress": np.array([progress], dtype=np.float32),
+                "task": TASKS[episode % 2],
+            }
+            dataset.add_frame(frame)
+        dataset.save_episode()
+    dataset.finalize()
+    return root
+
+
+def make_encoder(folder: Path, width: int = 512) -> Path:
+    """A randomly initialised CLIP in Hugging Face format."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+
+    from demo.encoder import train_tokenizer
+
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer(list(TASKS), folder)
+    ids = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPConfig(
+        text_config={**small, **ids, "vocab_size": len(tokenizer)},
+        vision_config={**small, "image_size": 32, "patch_size": 16},
+        projection_dim=width,
+    )
+    CLIPModel(config).save_pretrained(folder)
+    processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    CLIPProcessor(image_processor=processor, tokenizer=tokenizer).save_pretrained(folder)
+    return folder
+
+
+TINY = {
+    "base.dataset": "data/tiny",
+    "base.image_keys": [CAMERAS[0]],
+    "base.group_key": None,
+    "base.val_fraction": 0.2,
+    "base.test_fraction": 0.2,
+    "base.device": "cpu",
+    "prepare.encoder": "data/encoder",
+    "prepare.encode_batch_size": 16,
+    "prepare.num_visualizations": 1,
+    "verify.num_visualizations": 1,
+    "visualize.num_visualizations": 1,
+    "sarm.frame_gap": 1,
+    "sarm.hidden_dim": 16,
+    "sarm.num_heads": 2,
+    "sarm.num_layers": 1,
+    "sarm.steps": 12,
+    "sarm.batch_size": 8,
+    "sarm.warmup_steps": 2,
+    "sarm.eval_every": 4,
+    "sarm.save_every": 4,
+    "policy.chunk_size": 4,
+    "policy.n_action_steps": 2,
+    "policy.steps": 6,
+    "policy.batch_size": 4,
+    "policy.warmup_steps": 2,
+    "policy.log_every": 2,
+    "policy.save_every": 2,
+    "policy.config": {
+        "image_resolution": [32, 32],
+        "depth": 1,
+        "vision_depth": 1,
+        "vision_width": 16,
+        "head_dim": 4,
+        "vlm_width": 16,
+        "expert_width": 16,
+    },
+}
+
+
+def make_project(folder: Path, dataset: Path, encoder: Path, overrides: dict | None = None) -> Path:
+    """A project folder: the repository's notebooks and `params.yaml` with tiny values; notebooks find it by themselves."""
+    values = yaml.safe_load((ROOT / "params.yaml").read_text())
+    for dotted, value in {**TINY, **(overrides or {})}.items():
+        section, key = dotted.split(".")
+        values[section][key] = value
+    (folder / "data").mkdir(parents=True)
+    (folder / "params.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    shutil.copytree(dataset, folder / "data/tiny")
+    shutil.copytree(encoder, folder / "data/encoder")
+    shutil.copytree(ROOT / "notebooks", folder / "notebooks", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    return folder
+
+
+def run_notebook(project: Path, name: str, overrides: dict | None = None) -> dict:
+    """Run a notebook's code in this process, as Lab would: from its own folder. Returns its variables."""
+    notebook = nbformat.read(project / "notebooks" / f"{name}.ipynb", as_version=4)
+    variables: dict = {"display": lambda *_: None}
+    before = Path.cwd()
+    os.chdir(project / "notebooks")
+    try:
+        for cell in notebook.cells:
+            if cell.cell_type == "code":
+                exec(compile(cell.source, f"{name}:{cell.id}", "exec"), variables)
+                if "parameters" in cell.metadata.get("tags", []) and overrides:
+                    variables["overrides"] = overrides
+    finally:
+        os.chdir(before)
+    return variables
+
+
+def chapters() -> list[str]:
+    return sorted(path.stem for path in (ROOT / "notebooks").glob("[0-9]*.ipynb"))
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """The tiny dataset's folder; read only."""
+    return make_dataset(tmp_path_factory.mktemp("tiny") / "dataset")
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory) -> Path:
+    """The tiny encoder's folder; read only."""
+    return make_encoder(tmp_path_factory.mktemp("encoder") / "clip")
+
+
+@pytest.fixture(scope="session")
+def project(tmp_path_factory, tiny, tiny_encoder) -> Path:
+    """A tiny project in which every notebook has run; read only."""
+    folder = make_project(tmp_path_factory.mktemp("project") / "p", tiny, tiny_encoder)
+    for name in chapters():
+        run_notebook(folder, name)
+    return folder
+
+
+@pytest.fixture
+def in_project(project, monkeypatch):
+    """Parameters and dataset of the finished tiny project."""
+    from sarm_lib import dataset, params
+
+    monkeypatch.chdir(project)
+    config = params.load()
+    return config, dataset.from_params(config)

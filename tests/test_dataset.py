@@ -1,0 +1,138 @@
+"""Opening datasets: LeRobot's own frames and columns, and errors that say what to do."""
+
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from sarm_lib.dataset import DatasetError, fingerprint, open_dataset
+from tests.conftest import CAMERAS, LENGTHS, TASKS, make_dataset
+
+
+@pytest.fixture
+def copy(tiny, tmp_path):
+    return shutil.copytree(tiny, tmp_path / "copy")
+
+
+@pytest.fixture(scope="module", params=["videos", "images", "many_files"])
+def kind_of_dataset(request, tmp_path_factory):
+    root = tmp_path_factory.mktemp(request.param) / "dataset"
+    return make_dataset(root, use_videos=request.param != "images", files=2 if request.param == "many_files" else 1)
+
+
+def test_frames_states_and_tasks_are_lerobot_s_own(kind_of_dataset):
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    theirs = LeRobotDataset("test/tiny", root=kind_of_dataset, video_backend="pyav")
+    ours = open_dataset(kind_of_dataset)
+    assert ours.num_frames == len(theirs) == sum(LENGTHS)
+    assert ours.camera_keys == list(CAMERAS) == theirs.meta.camera_keys
+    for key in CAMERAS:
+        for i, (episode, image) in enumerate(ours.iterate_frames(key)):
+            item = theirs[i]
+            assert item["episode_index"] == episode.index
+            np.testing.assert_array_equal(image, (item[key] * 255).round().byte().permute(1, 2, 0).numpy())
+    items = [theirs[i] for i in range(len(theirs))]
+    np.testing.assert_array_equal(ours.states, np.stack([item["observation.state"] for item in items]))
+    np.testing.assert_array_equal(ours.actions, np.stack([item["action"] for item in items]))
+    assert [ours.tasks[i] for i in ours.frames.task_index] == [item["task"] for item in items]
+    assert ours.tasks == list(TASKS)
+
+
+def test_single_frames_are_those_of_the_iteration(kind_of_dataset):
+    dataset = open_dataset(kind_of_dataset)
+    episode = dataset.episodes[4]
+    every = [image for e, image in dataset.iterate_frames(CAMERAS[0]) if e is episode]
+    np.testing.assert_array_equal(
+        dataset.read_frames(episode, CAMERAS[0], [9, 0, 9]), np.stack([every[9], every[0], every[9]])
+    )
+
+
+def test_splits_are_the_dataset_s_own_or_drawn(copy):
+    drawn = open_dataset(copy, val_fraction=0.25, test_fraction=0.25, seed=1)
+    assert [len(drawn.split(s)) for s in ("train", "val", "test")] == [4, 2, 2]
+    info = json.loads((copy / "meta/info.json").read_text())
+    info["splits"] = {"train": "0:5", "val": "5:6", "test": "6:8"}
+    (copy / "meta/info.json").write_text(json.dumps(info))
+    assert [e.index for e in open_dataset(copy).split("test")] == [6, 7]
+
+
+def test_some_episodes_only(tiny):
+    whole, some = open_dataset(tiny), open_dataset(tiny, max_episodes=4)
+    assert {e.split for e in some.episodes} == {"train", "val", "test"} and len(some.episodes) <= 5
+    for episode in some.episodes:
+        np.testing.assert_array_equal(some.states[episode.rows], whole.states[whole.episodes[episode.index].rows])
+        assert whole.frames["index"][whole.episodes[episode.index].row] == episode.start
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"image_keys": ["observation.images.font"]}, "it has observation.images.top, observation.images.side"),
+        ({"state_key": "observation.joints"}, "its vectors are observation.state, action"),
+        ({"group_key": "mood"}, "no column 'mood'"),
+    ],
+)
+def test_a_wrong_name_is_answered_with_those_that_exist(tiny, options, expected):
+    with pytest.raises(DatasetError) as error:
+        open_dataset(tiny, **options)
+    assert expected in str(error.value)
+
+
+def test_a_missing_dataset_and_an_old_one_are_answered_with_what_to_do(tmp_path, copy):
+    with pytest.raises(DatasetError, match="neither a LeRobot v3 folder"):
+        open_dataset(tmp_path / "nothing")
+    info = json.loads((copy / "meta/info.json").read_text())
+    (copy / "meta/info.json").write_text(json.dumps({**info, "codebase_version": "v2.1"}))
+    with pytest.raises(DatasetError, match="convert_dataset_v21_to_v30"):
+        open_dataset(copy)
+
+
+def test_a_nan_in_a_state_names_episode_and_frame(copy):
+    path = next(copy.glob("data/**/*.parquet"))
+    table = pq.read_table(path)
+    states = table["observation.state"].to_pylist()
+    states[LENGTHS[0] + 3][1] = float("nan")
+    column = pa.array(states, table.schema.field("observation.state").type)
+    pq.write_table(
+        table.set_column(table.schema.get_field_index("observation.state"), "observation.state", column), path
+    )
+    with pytest.raises(
+        DatasetError, match=r"observation.state is NaN or infinite in 1 frames, first in episode 1 at frame 3"
+    ):
+        _ = open_dataset(copy).states
+
+
+def test_an_empty_episode_is_named(copy):
+    path = next(copy.glob("meta/episodes/**/*.parquet"))
+    table = pq.read_table(path).to_pandas()
+    table.loc[2, "length"] = 0
+    table.to_parquet(path)
+    with pytest.raises(DatasetError, match="episode 2 is empty"):
+        open_dataset(copy)
+
+
+def test_a_corrupt_and_a_missing_video_name_episode_and_file(copy):
+    path = next(copy.glob(f"videos/{CAMERAS[0]}/**/*.mp4"))
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(DatasetError, match=r"episode \d+, observation.images.top: file-000.mp4"):
+        list(open_dataset(copy).iterate_frames(CAMERAS[0]))
+    path.unlink()
+    with pytest.raises(DatasetError, match=r"episode 0, observation.images.top: file-000.mp4 is missing"):
+        list(open_dataset(copy).iterate_frames(CAMERAS[0]))
+
+
+def test_the_fingerprint_names_the_frames_and_not_the_annotations(tiny, copy):
+    name = fingerprint(tiny)
+    assert fingerprint(copy) == name
+    path = next(copy.glob("meta/episodes/**/*.parquet"))
+    table = pd.read_parquet(path)
+    table.assign(sparse_subtask_names=[["task"]] * len(table)).to_parquet(path)
+    assert fingerprint(copy) == name
+    with next(copy.glob("videos/**/*.mp4")).open("ab") as file:
+        file.write(b"x")
+    assert fingerprint(copy) != name

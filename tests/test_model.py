@@ -1,0 +1,111 @@
+"""SARM is LeRobot's: same forward pass, same checkpoint, same progress; what LeRobot cannot express it refuses."""
+
+import numpy as np
+import pytest
+import torch
+
+from sarm_lib.lerobot_io import RewardModel, expressible, load_reward_model, save_reward_model
+from sarm_lib.model import Sarm, SarmSpec
+from sarm_lib.stages import progress
+from sarm_lib.windows import Windows, WindowSpec
+
+DUAL = {"sparse": ["pick", "place"], "dense": ["reach", "grasp", "lift", "carry", "lower"]}
+SHARES = {"sparse": [0.4, 0.6], "dense": [0.1, 0.2, 0.3, 0.15, 0.25]}
+
+
+def spec(mode: str = "dual", kind: str = "centred", cameras: int = 1, width: int = 512) -> SarmSpec:
+    heads = {"single_stage": {"sparse": ["task"]}, "dense_only": {**DUAL, "sparse": ["task"]}, "dual": DUAL}[mode]
+    shares = {head: SHARES[head] if len(names) > 1 else [1.0] for head, names in heads.items()}
+    return SarmSpec(
+        WindowSpec(kind, 8, 4, 4),
+        heads,
+        shares,
+        mode,
+        cameras,
+        width,
+        width,
+        32,
+        hidden_dim=24,
+        num_heads=2,
+        num_layers=2,
+    )
+
+
+def reward_model(a_spec: SarmSpec) -> RewardModel:
+    torch.manual_seed(0)
+    sarm = Sarm(a_spec).eval()
+    for parameter in sarm.parameters():  # zero-initialised parameters would hide a wrong place
+        torch.nn.init.normal_(parameter, std=0.2)
+    keys = tuple(f"observation.images.{i}" for i in range(a_spec.num_cameras))
+    return RewardModel(sarm, keys, "observation.state", np.zeros(3), np.ones(3), "clip", "abc", "def")
+
+
+def windows(a_spec: SarmSpec, lengths: list[int]) -> Windows:
+    torch.manual_seed(1)
+    batch, length = len(lengths), a_spec.window.padded_length
+    images = torch.randn(batch, a_spec.num_cameras, length, a_spec.image_dim)
+    state = torch.randn(batch, length, a_spec.max_state_dim)
+    return Windows(images, torch.randn(batch, a_spec.text_dim), state, torch.tensor(lengths))
+
+
+@pytest.mark.parametrize("mode", ["single_stage", "dense_only", "dual"])
+def test_lerobot_loads_our_checkpoint_strictly_and_computes_the_same_progress(tmp_path, mode):
+    from lerobot.rewards.sarm.modeling_sarm import SARMRewardModel
+
+    ours = reward_model(spec(mode))
+    save_reward_model(ours, tmp_path / "sarm", {"made": "here"}, [])
+    theirs = SARMRewardModel.from_pretrained(tmp_path / "sarm", strict=True)
+    batch = windows(ours.spec, [9, 9, 9])
+    batch = Windows(batch.images[:, :, :9], batch.text, batch.state[:, :9], batch.lengths)
+    for head in ours.spec.heads:
+        with torch.no_grad():
+            found = ours.sarm.predict(batch, head)
+        rewards, probabilities = theirs.calculate_rewards(
+            batch.text,
+            batch.images[:, 0],
+            batch.state,
+            batch.lengths,
+            return_all_frames=True,
+            return_stages=True,
+            head_mode=head,
+        )
+        np.testing.assert_allclose(found.probabilities.numpy(), probabilities, atol=1e-6)
+        phi = progress(found.stage.numpy(), found.tau.numpy(), np.array(ours.spec.proportions[head]))
+        np.testing.assert_allclose(phi, rewards, atol=1e-6)
+
+
+def test_our_own_loading_restores_everything(tmp_path):
+    ours = reward_model(spec("dual", "past", cameras=2, width=64))
+    save_reward_model(ours, tmp_path / "sarm", {}, [{"step": 1}])
+    loaded = load_reward_model(tmp_path / "sarm")
+    assert loaded.spec == ours.spec and loaded.image_keys == ours.image_keys and loaded.fingerprint == "def"
+    for key, value in ours.sarm.state_dict().items():
+        assert torch.equal(value, loaded.sarm.state_dict()[key])
+
+
+@pytest.mark.parametrize("options", [{"kind": "past"}, {"cameras": 2}, {"width": 64}])
+def test_lerobot_refuses_what_it_cannot_express(tmp_path, options):
+    from lerobot.rewards.sarm.modeling_sarm import SARMRewardModel
+
+    ours = reward_model(spec(**options))
+    assert not expressible(ours.spec)
+    save_reward_model(ours, tmp_path / "sarm", {}, [])
+    with pytest.raises(Exception, match="sarm_lib"):
+        SARMRewardModel.from_pretrained(tmp_path / "sarm", strict=True)
+
+
+def test_padding_and_the_future_change_nothing_before_them():
+    """Attention is causal over the flat order of streams; padded positions are seen by nobody."""
+    ours = reward_model(spec())
+    batch = windows(ours.spec, [9, 11])
+    padded = batch._replace(images=torch.where(batch.valid[:, None, :, None], batch.images, 99.0))
+    with torch.no_grad():
+        one, two = ours.sarm.stage_logits(batch, "dense"), ours.sarm.stage_logits(padded, "dense")
+    torch.testing.assert_close(one[batch.valid], two[batch.valid])
+
+
+def test_a_single_stage_needs_no_stage_model():
+    ours = reward_model(spec("single_stage"))
+    batch = windows(ours.spec, [9, 9])
+    ours.sarm.stage_model = None
+    assert ours.sarm.predict(batch, "sparse").probabilities.eq(1).all()

@@ -1,0 +1,69 @@
+"""`params.yaml`: one typed object, errors that name the key."""
+
+import pytest
+
+from sarm_lib import params
+from tests.conftest import ROOT
+
+
+@pytest.fixture(autouse=True)
+def at_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def test_the_repository_s_own_values_load_and_are_found_from_the_notebooks_folder(monkeypatch):
+    monkeypatch.chdir(ROOT / "notebooks")
+    assert params.load().paths.root == ROOT
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("rabc.kapa", 0.1, "rabc.kapa: unknown key. Did you mean kappa?"),
+        ("rabc.kappa", "high", "rabc.kappa: input should be a valid number, found 'high'"),
+        ("sarm.steps", 1.5, "sarm.steps: input should be a valid integer, found 1.5"),
+        ("sarm.steps", True, "sarm.steps: input should be a valid integer, found True"),
+        (
+            "base.annotation_mode",
+            "triple",
+            "base.annotation_mode: input should be 'single_stage', 'dense_only' or 'dual'",
+        ),
+        ("base.val_fraction", 2.0, "base.val_fraction: input should be less than or equal to 1"),
+        ("rabc.head_mode", "dense", "single_stage has no dense head"),
+        ("sarm.n_obs_steps", 7, "needs an even number"),
+        ("sarm.max_rewind_steps", 8, "must be smaller than sarm.n_obs_steps"),
+        ("nonsense.key", 1, "nonsense: unknown key"),
+    ],
+)
+def test_a_bad_value_is_refused_with_its_path(key, value, expected):
+    with pytest.raises(params.ParamsError, match=r".*") as error:
+        params.load(overrides={key: value})
+    assert expected in str(error.value)
+
+
+def test_a_missing_key_is_named(tmp_path, monkeypatch):
+    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text().replace("  kappa: ", "  # kappa: "))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(params.ParamsError, match=r"rabc\.kappa: missing"):
+        params.load()
+
+
+def test_numbers_are_read_as_dvc_reads_them(tmp_path, monkeypatch):
+    text = (ROOT / "params.yaml").read_text().replace("epsilon: 1.0e-6", "epsilon: 1e-6")
+    (tmp_path / "params.yaml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    assert params.load().rabc.epsilon == 1e-6
+
+
+def test_runs_with_other_values_write_to_scratch_and_read_what_is_there(tmp_path, monkeypatch):
+    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
+    monkeypatch.chdir(tmp_path)
+    usual, other = params.load().paths, params.load(overrides={"sarm.steps": 5}).paths
+    assert usual.write("sarm") == tmp_path / "outputs/sarm"
+    assert other.write("sarm") == tmp_path / "outputs/scratch/sarm"
+    usual.write("sarm").mkdir()
+    assert other.read("sarm", "03_train_sarm") == tmp_path / "outputs/sarm"
+    other.write("sarm").mkdir()
+    assert other.read("sarm", "03_train_sarm") == tmp_path / "outputs/scratch/sarm"
+    with pytest.raises(FileNotFoundError, match="run the notebook 00_prepare first"):
+        usual.read("embeddings", "00_prepare")

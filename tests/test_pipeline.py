@@ -1,0 +1,163 @@
+"""`dvc.yaml`: each stage depends on exactly what it uses, and `dvc repro` re-runs exactly what changed."""
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+import yaml
+
+from sarm_lib.pipeline import SMOKE, code_of
+from tests.conftest import ROOT, chapters, make_project
+
+STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+
+
+def imported(text: str) -> set[str]:
+    """Modules of `sarm_lib` that a source text imports."""
+    found = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and node.module == "sarm_lib":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sarm_lib."):
+            found.add(node.module.split(".")[1])
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("sarm_lib.")}
+    return found
+
+
+def closure(modules: set[str]) -> set[str]:
+    todo, seen = set(modules), set()
+    while todo:
+        module = todo.pop()
+        seen.add(module)
+        todo |= imported((ROOT / f"sarm_lib/{module}.py").read_text()) - seen
+    return seen
+
+
+@pytest.mark.parametrize("name", chapters())
+def test_a_stage_depends_on_its_notebook_and_on_every_module_it_imports(name):
+    declared = {
+        d.removeprefix("sarm_lib/").removesuffix(".py") for d in STAGES[name]["deps"] if d.startswith("sarm_lib/")
+    }
+    assert declared == closure(imported(code_of(ROOT / "notebooks" / f"{name}.ipynb")))
+    assert f"outputs/sources/{name}.py" in STAGES[name]["deps"]
+
+
+@pytest.mark.parametrize("name", chapters())
+def test_a_stage_tracks_existing_parameters_and_every_section_its_notebook_reads(name):
+    values = yaml.safe_load((ROOT / "params.yaml").read_text())
+    tracked = STAGES[name]["params"]
+    for dotted in tracked:
+        section, _, key = dotted.partition(".")
+        assert section in values and (not key or key in values[section]), dotted
+    read = {
+        (node.value.attr, node.attr)
+        for node in ast.walk(ast.parse(code_of(ROOT / "notebooks" / f"{name}.ipynb")))
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Attribute) and node.value.attr in values
+    }
+    for section, key in read - {("base", "device")}:  # a device changes where, not what
+        assert section in tracked or f"{section}.{key}" in tracked, f"{name} reads {section}.{key}"
+
+
+def test_smoke_sets_parameters_that_exist():
+    values = yaml.safe_load((ROOT / "params.yaml").read_text())
+    assert all(dotted.split(".")[1] in values[dotted.split(".")[0]] for dotted in SMOKE)
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory, tiny, tiny_encoder) -> Path:
+    """A tiny project under git and DVC in which `dvc repro` has run."""
+    folder = make_project(tmp_path_factory.mktemp("dvc") / "p", tiny, tiny_encoder)
+    shutil.copytree(ROOT / "sarm_lib", folder / "sarm_lib", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "dvc.yaml", folder)
+    for command in (["git", "init", "-q"], ["dvc", "init", "-q"], ["dvc", "config", "core.analytics", "false"]):
+        run(folder, *command)
+    run(folder, "dvc", "repro", "-q")
+    return folder
+
+
+def run(folder: Path, *command: str) -> str:
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+def stages_that_ran(output: str) -> list[str]:
+    return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
+
+
+def written(path: Path) -> int:
+    return path.stat().st_mtime_ns
+
+
+def test_every_output_of_the_design_is_there(repository):
+    outputs = repository / "outputs"
+    for name in (
+        "embeddings", "annotations", "dataset/meta", "sarm/config.json", "sarm/model.safetensors", "figures", "reports",
+        "sarm_progress.parquet", "rabc_weights.parquet", "policy/rabc", "policy/bc",
+        *(f"metrics/{stage}.json" for stage in ("prepare", "annotate", "verify", "sarm", "scorecard", "rabc", "policy")),
+        *(f"reports/{name}.html" for name in chapters()),
+    ):  # fmt: skip
+        assert (outputs / name).exists(), name
+    assert (outputs / "dataset/videos").is_symlink() and not list((outputs / "work").glob("*"))
+
+
+def test_a_second_run_and_a_saved_notebook_run_nothing(repository):
+    assert stages_that_ran(run(repository, "dvc", "repro")) == ["sources"]
+    path = repository / "notebooks/03_train_sarm.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    next(c for c in notebook.cells if c.cell_type == "markdown").source += " (read)"
+    code = next(c for c in notebook.cells if c.cell_type == "code")
+    code.outputs, code.execution_count = [nbformat.v4.new_output("stream", text="saved in Lab")], 7
+    nbformat.write(notebook, path)
+    assert stages_that_ran(run(repository, "dvc", "repro")) == ["sources"]
+
+
+def test_another_kappa_scores_nothing_again_and_retrains_only_what_uses_the_weights(repository):
+    outputs = repository / "outputs"
+    kept = [
+        outputs / "sarm_progress.parquet",
+        outputs / "policy/bc/provenance.json",
+        outputs / "sarm/model.safetensors",
+    ]
+    before = [written(path) for path in kept]
+    weighted = written(outputs / "policy/rabc/provenance.json")
+    params = repository / "params.yaml"
+    delta = pd.read_parquet(outputs / "rabc_weights.parquet").delta
+    kappa = float(delta[delta > 0].median())  # the tiny model's progress hardly moves: a κ that divides its frames
+    params.write_text(params.read_text().replace("kappa: 0.2", f"kappa: {kappa:.9f}"))
+    ran = stages_that_ran(run(repository, "dvc", "repro"))
+    assert ran == ["sources", "05_compute_rabc", "06_train_pi0"]
+    assert [written(path) for path in kept] == before
+    assert written(outputs / "policy/rabc/provenance.json") > weighted
+
+
+def test_a_failing_page_names_the_error_and_leaves_no_broken_report(repository, tmp_path):
+    copy = shutil.copytree(repository, tmp_path / "p", symlinks=True)
+    params = copy / "params.yaml"
+    params.write_text(params.read_text().replace("state_key: observation.state", "state_key: observation.joints"))
+    done = subprocess.run(
+        [sys.executable, "-m", "sarm_lib.pipeline", "run", "00_prepare"], cwd=copy, capture_output=True, text=True
+    )
+    assert done.returncode != 0 and "its vectors are observation.state, action" in done.stderr
+    assert (copy / "outputs/reports/00_prepare.failed.ipynb").exists()
+    assert (copy / "outputs/reports/00_prepare.ipynb").read_bytes() == (
+        repository / "outputs/reports/00_prepare.ipynb"
+    ).read_bytes()
+
+
+def test_metrics_are_small_and_carry_no_timings(repository):
+    for path in (repository / "outputs/metrics").glob("*.json"):
+        assert (
+            path.stat().st_size < 50_000
+            and "seconds" not in path.read_text()
+            and "time" not in path.read_text().replace("time_linear", "")
+        )
+    assert "mse_target_sparse" in run(repository, "dvc", "metrics", "show")

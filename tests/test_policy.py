@@ -1,0 +1,143 @@
+"""Policies: LeRobot's loading, Eq 7, padded actions, two arms on the same draws, resumption."""
+
+import numpy as np
+import pytest
+import torch
+from lerobot.configs import PreTrainedConfig
+from lerobot.policies import make_pre_post_processors
+
+from sarm_lib import policy
+from sarm_lib.small_pi0 import SmallPI0Policy
+
+
+@pytest.fixture
+def frames(in_project):
+    config, dataset = in_project
+    return policy.frames_for(config.policy, dataset, ("train", "val"), "cpu")
+
+
+def some_rows(dataset, count=6):
+    episode = dataset.split("train")[0]
+    return np.arange(episode.row + episode.length - count, episode.row + episode.length)  # the last ones: padded chunks
+
+
+def test_both_policies_open_with_lerobot_s_from_pretrained_and_act(in_project, frames):
+    config, dataset = in_project
+    for arm in ("bc", "rabc"):
+        path = config.paths.read(f"policy/{arm}", "06") / "checkpoints/last/pretrained_model"
+        assert PreTrainedConfig.from_pretrained(path).type == "small_pi0"
+        loaded = SmallPI0Policy.from_pretrained(path)
+        before, after = make_pre_post_processors(loaded.config, pretrained_path=str(path))
+        batch = frames.batch(some_rows(dataset, 2))
+        observation = before({k: v for k, v in batch.items() if k.startswith("observation") or k == "task"})
+        action = after(loaded.select_action(observation))
+        assert action.shape == (2, 2) and action.isfinite().all()
+
+
+def test_a_checkpoint_that_does_not_fit_is_an_error(in_project, tmp_path):
+    config, dataset = in_project
+    made, *_ = policy.make(config.policy, dataset, "cpu")
+    made.save_pretrained(tmp_path)
+    other = PreTrainedConfig.from_pretrained(tmp_path)
+    other.depth = 2
+    with pytest.raises(RuntimeError, match="Missing key"):
+        SmallPI0Policy.from_pretrained(tmp_path, config=other, strict=True)
+
+
+def test_the_loss_is_pi0_s_without_the_padded_actions(in_project, frames):
+    config, dataset = in_project
+    made, preprocess, _ = policy.make(config.policy, dataset, "cpu")
+    batch = preprocess(frames.batch(some_rows(dataset)))
+    padded = batch["action_is_pad"]
+    assert padded.any() and not padded.all(1).any()
+    torch.manual_seed(3)
+    ours = policy.per_sample_loss(made, batch)
+    torch.manual_seed(3)
+    theirs, _ = made.forward(batch, reduction="none")
+    whole = ~padded.any(1)
+    torch.testing.assert_close(ours[whole], theirs[whole])
+    changed = {**batch, "action": torch.where(padded[..., None], 50.0, batch["action"])}
+    with torch.no_grad():
+        torch.manual_seed(3)
+        # π0 reads the noisy padded actions too, so only what the loss itself counts can be compared: no 50² in it.
+        assert (policy.per_sample_loss(made, changed)[~whole] < theirs.max() * 20).all()
+        torch.manual_seed(3)
+        assert (made.forward(changed, reduction="none")[0][~whole] > 100).all()
+
+
+def test_eq_7(in_project, frames):
+    config, dataset = in_project
+    made, preprocess, _ = policy.make(config.policy, dataset, "cpu")
+    batch, weight = preprocess(frames.batch(some_rows(dataset))), torch.tensor([0.0, 1.0, 0.5, 0.0, 1.0, 0.25])
+    losses = []
+    for w in (None, weight, torch.zeros(6)):
+        torch.manual_seed(3)
+        losses.append(policy.WeightedLoss(made, 1e-6)(batch, w))
+    torch.manual_seed(3)
+    each = policy.per_sample_loss(made, batch)
+    torch.testing.assert_close(losses[0], each.mean())
+    torch.testing.assert_close(losses[1], (weight * each).sum() / weight.sum(), atol=1e-5, rtol=1e-5)
+    assert losses[2] == 0, "a batch of weight 0 must teach nothing, not NaN"
+
+
+def test_cached_frames_are_what_lerobot_s_loader_returns(in_project, frames):
+    config, dataset = in_project
+    rows = [some_rows(dataset), np.array([e.row for e in dataset.split("val")])]
+    streamed = policy.StreamedFrames(dataset, config.policy.chunk_size, num_workers=0)
+    for cached, loaded in zip(frames.batches(iter(rows)), streamed.batches(iter(rows)), strict=True):
+        for key in cached:
+            if key == "task":
+                assert cached[key] == loaded[key]
+            else:
+                torch.testing.assert_close(cached[key], loaded[key].to(cached[key].dtype), atol=1e-6, rtol=0)
+
+
+def test_without_zero_weights_both_arms_are_the_same_and_with_them_they_differ(
+    in_project, frames, tmp_path, monkeypatch
+):
+    config, dataset = in_project
+    monkeypatch.setattr(type(config.paths), "write", lambda _, name: tmp_path / name)
+    ones = np.ones(dataset.num_frames, dtype=np.float32)
+    half = ones * (np.arange(dataset.num_frames) % 2)
+    arms = [policy.Arm("bc", None), policy.Arm("ones", ones), policy.Arm("half", half)]
+    curves = {a.name: policy.train_arm(a, config, dataset, frames, "cpu", tmp_path / a.name) for a in arms}
+    losses = {name: [row["loss"] for row in curve] for name, curve in curves.items()}
+    assert losses["ones"] == pytest.approx(losses["bc"], rel=1e-4)
+    assert losses["half"] != pytest.approx(losses["bc"], rel=1e-3)
+    assert 0.2 < np.mean([row["mean_weight"] for row in curves["half"]]) < 0.8
+
+
+def test_a_stopped_arm_resumes_to_the_same_weights(in_project, frames, tmp_path, monkeypatch):
+    config, dataset = in_project
+    arm = policy.Arm("bc", None)
+    monkeypatch.setattr(type(config.paths), "write", lambda _, name: tmp_path / "one" / name)
+    policy.train_arm(arm, config, dataset, frames, "cpu", tmp_path / "one/bc")
+    monkeypatch.setattr(type(config.paths), "write", lambda _, name: tmp_path / "two" / name)
+    loss = policy.per_sample_loss
+    calls = []
+
+    def stop_at_the_fifth_step(*args):
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return loss(*args)
+
+    monkeypatch.setattr(policy, "per_sample_loss", stop_at_the_fifth_step)
+    with pytest.raises(KeyboardInterrupt):
+        policy.train_arm(arm, config, dataset, frames, "cpu", tmp_path / "two/bc")
+    assert not (tmp_path / "two/bc").exists()
+    monkeypatch.setattr(policy, "per_sample_loss", loss)
+    policy.train_arm(arm, config, dataset, frames, "cpu", tmp_path / "two/bc")
+    for name in ("model.safetensors", "config.json"):
+        one, two = (tmp_path / run / "bc/checkpoints/last/pretrained_model" / name for run in ("one", "two"))
+        assert one.read_bytes() == two.read_bytes(), name
+    assert not list((tmp_path / "two/work").iterdir())
+
+
+def test_an_arm_that_is_trained_already_is_kept(in_project, frames, monkeypatch):
+    config, dataset = in_project
+    monkeypatch.setattr(policy, "make", lambda *_: pytest.fail("trained again"))
+    curve = policy.train_arm(
+        policy.Arm("bc", None), config, dataset, frames, "cpu", config.paths.read("policy/bc", "06")
+    )
+    assert curve[-1]["step"] == config.policy.steps

@@ -1,0 +1,114 @@
+"""Scoring: equal to LeRobot's on the same features, and a file that LeRobot reads."""
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from sarm_lib import encoder, lerobot_io, progress
+
+
+@pytest.fixture
+def parts(in_project):
+    config, dataset = in_project
+    embeddings = encoder.open_embeddings(config.paths.read("embeddings", "00"), dataset)
+    model = lerobot_io.load_reward_model(config.paths.read("sarm", "03"))
+    return config, dataset, embeddings, model, progress.frame_store(dataset, embeddings, model)
+
+
+def test_progress_is_lerobot_s_from_the_same_features(parts):
+    import torch
+    from lerobot.rewards.sarm.modeling_sarm import SARMRewardModel
+    from lerobot.rewards.sarm.sarm_utils import compute_absolute_indices
+
+    config, dataset, embeddings, model, store = parts
+    theirs = SARMRewardModel.from_pretrained(config.paths.read("sarm", "03"), strict=True)
+    window, camera = model.spec.window, embeddings.cameras[dataset.image_keys[0]]
+    for episode in dataset.episodes[:2]:
+        ours = progress.score_episode(model.sarm, store, episode, "sparse")
+        for frame in range(episode.length):
+            rows, _ = compute_absolute_indices(
+                episode.row + frame, episode.row, episode.row + episode.length, window.n_obs_steps, window.frame_gap
+            )
+            reward = theirs.calculate_rewards(
+                store.task_texts(np.array([episode.row]))[0].numpy(),
+                torch.from_numpy(camera[rows.numpy()]),
+                store.states[rows],
+                frame_index=window.n_obs_steps // 2,
+            )
+            assert ours.progress[frame] == pytest.approx(float(reward), abs=1e-6)
+
+
+def test_the_batch_size_does_not_matter(parts):
+    _, dataset, _, model, store = parts
+    rows = np.arange(dataset.num_frames)
+    one, many = (progress.score(model.sarm, store, rows, "sparse", size).progress for size in (7, 64))
+    np.testing.assert_allclose(one, many, atol=1e-6)
+
+
+def test_a_stride_predicts_some_frames_and_interpolates_the_rest(parts):
+    _, dataset, _, model, store = parts
+    episode = dataset.episodes[1]
+    every, some = (progress.score_episode(model.sarm, store, episode, "sparse", stride) for stride in (1, 4))
+    asked = [*range(0, episode.length, 4), episode.length - 1]
+    np.testing.assert_allclose(some.progress[asked], every.progress[asked], atol=1e-6)
+    np.testing.assert_allclose(some.progress[2], (every.progress[0] + every.progress[4]) / 2, atol=1e-6)
+
+
+def test_the_file_has_lerobot_s_columns_and_says_what_made_it(parts):
+    config, dataset, embeddings, *_ = parts
+    path = config.paths.read("sarm_progress.parquet", "05")
+    schema = pq.read_schema(path)
+    assert [(f.name, str(f.type)) for f in schema] == [
+        ("index", "int64"), ("episode_index", "int64"), ("frame_index", "int64"), ("progress_sparse", "float"),
+    ]  # fmt: skip
+    assert schema.metadata[b"reward_model_path"] == b"outputs/sarm"
+    made = progress.read_provenance(path)
+    assert made["fingerprint"] == embeddings.fingerprint
+    assert made["checkpoint"] == lerobot_io.checkpoint_digest(config.paths.read("sarm", "03"))
+    assert len(pq.read_table(path)) == dataset.num_frames
+
+
+def test_a_value_that_is_not_finite_is_never_written(parts, tmp_path):
+    _, dataset, *_ = parts
+    values = np.zeros(dataset.num_frames, dtype=np.float32)
+    values[dataset.episodes[2].row + 5] = np.nan
+    with pytest.raises(ValueError, match="first in episode 2 at frame 5"):
+        progress.write_progress(tmp_path / "p.parquet", dataset, {"sparse": values}, {"reward_model_path": "x"})
+    assert not (tmp_path / "p.parquet").exists()
+
+
+def test_embeddings_of_another_encoder_are_refused(parts):
+    import dataclasses
+
+    _, dataset, embeddings, model, _ = parts
+    with pytest.raises(ValueError, match="trained on embeddings of data/encoder"):
+        progress.frame_store(dataset, dataclasses.replace(embeddings, encoder_identity="other"), model)
+
+
+def test_embeddings_are_the_encoder_s_and_are_made_once(parts, monkeypatch):
+    config, dataset, embeddings, *_ = parts
+    clip = encoder.from_params(config, "cpu")
+    episode = dataset.episodes[3]
+    images = dataset.read_frames(episode, dataset.image_keys[0], range(episode.length))
+    stored = embeddings.cameras[dataset.image_keys[0]][episode.rows]
+    np.testing.assert_allclose(stored, clip.images(images).numpy(), atol=1e-5)
+    monkeypatch.setattr(encoder.Encoder, "images", lambda *_: pytest.fail("encoded again"))
+    encoder.encode_dataset(dataset, clip, config.paths.read("embeddings", "00"), 16)
+
+
+def test_the_encoder_gives_what_lerobot_s_clip_gives(parts):
+    """Same pixels in, same embedding out, as LeRobot's processor step computes it with PIL images."""
+    import torch
+    from PIL import Image
+    from transformers import CLIPModel, CLIPProcessor
+
+    config, dataset, *_ = parts
+    clip = encoder.load(config.encoder)
+    images = dataset.read_frames(dataset.episodes[0], dataset.image_keys[0], [0, 5, 9])
+    theirs = CLIPModel.from_pretrained(config.encoder).eval()
+    pixels = CLIPProcessor.from_pretrained(config.encoder)(
+        images=[Image.fromarray(i) for i in images], return_tensors="pt"
+    )
+    with torch.no_grad():
+        expected = theirs.get_image_features(**pixels).pooler_output
+    torch.testing.assert_close(clip.images(images), expected, atol=1e-5, rtol=0)

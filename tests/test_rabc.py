@@ -1,0 +1,135 @@
+"""Eq 6, 8, 9: LeRobot's numbers where it is right, and what a weight must never be."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sarm_lib import rabc
+
+
+def progress_file(path, lengths=(40, 7, 25), seed=0, nan_at=None):
+    """Random walks in [0, 1], one an episode, in LeRobot's format."""
+    rng = np.random.default_rng(seed)
+    walks = [np.clip(np.cumsum(rng.normal(1 / n, 0.05, n)), 0, 1) for n in lengths]
+    table = pd.DataFrame(
+        {
+            "index": np.arange(sum(lengths)),
+            "episode_index": np.repeat(np.arange(len(lengths)), lengths),
+            "frame_index": np.concatenate([np.arange(n) for n in lengths]),
+            "progress_sparse": np.concatenate(walks).astype(np.float32),
+        }
+    )
+    if nan_at is not None:
+        table.loc[nan_at, "progress_sparse"] = np.nan
+    table.to_parquet(path, index=False)
+    return table
+
+
+@pytest.mark.parametrize("kappa", [0.01, 0.1, 0.3])
+@pytest.mark.parametrize("delta_frames", [1, 5, 16])
+def test_with_lerobot_s_ends_the_weights_are_lerobot_s(tmp_path, kappa, delta_frames):
+    from lerobot.rewards.sarm.rabc import RABCWeights
+
+    table = progress_file(tmp_path / "p.parquet")
+    theirs = RABCWeights(tmp_path / "p.parquet", chunk_size=delta_frames, kappa=kappa, device=torch.device("cpu"))
+    delta = rabc.deltas(table.progress_sparse.to_numpy(), table.episode_index.to_numpy(), delta_frames, end="shrink")
+    assert float(delta.std()) == pytest.approx(theirs.delta_std, abs=1e-6)
+    ours = rabc.weights(delta, float(delta.mean()), float(delta.std()), kappa, 1e-6)
+    raw = theirs._compute_weights(np.array([theirs._compute_delta(i) for i in table["index"]], dtype=np.float32))
+    np.testing.assert_allclose(ours, raw, atol=1e-5)
+
+
+def test_lerobot_s_own_class_opens_our_file(in_project):
+    from lerobot.rewards.sarm.rabc import RABCWeights
+
+    config, dataset = in_project
+    theirs = RABCWeights(config.paths.read("sarm_progress.parquet", "05"), chunk_size=4, device=torch.device("cpu"))
+    weights, stats = theirs.compute_batch_weights({"index": torch.arange(8)})
+    assert len(theirs.progress_lookup) == dataset.num_frames and weights.sum() == pytest.approx(8, abs=1e-3)
+    assert 0 <= stats["mean_weight"] <= 1
+
+
+@given(
+    delta=st.lists(st.floats(-1, 1), min_size=2, max_size=50).map(lambda x: np.array(x, dtype=np.float32)),
+    kappa=st.floats(0, 0.5),
+)
+def test_eq_9(delta, kappa):
+    weight = rabc.weights(delta, float(delta.mean()), float(delta.std()), kappa, 1e-6)
+    assert ((weight >= 0) & (weight <= 1)).all()
+    assert (weight[delta < 0] == 0).all() and (weight[delta > kappa] == 1).all()
+    order = np.argsort(delta)
+    assert (np.diff(weight[order]) >= 0).all()
+
+
+@given(length=st.integers(2, 60), delta_frames=st.integers(1, 40))
+def test_steady_progress_is_worth_the_same_everywhere_also_at_the_end(length, delta_frames):
+    """LeRobot's delta shrinks to 0 towards the end, so the frames that finish the task look worthless."""
+    progress = np.linspace(0, 1, length).astype(np.float32)
+    delta = rabc.deltas(progress, np.zeros(length), delta_frames)
+    np.testing.assert_allclose(delta, delta_frames / (length - 1), rtol=1e-4)
+
+
+def test_deltas_stay_within_their_episode(tmp_path):
+    table = progress_file(tmp_path / "p.parquet")
+    phi, episode = table.progress_sparse.to_numpy(), table.episode_index.to_numpy()
+    whole = rabc.deltas(phi, episode, 5)
+    for i in range(3):
+        np.testing.assert_array_equal(whole[episode == i], rabc.deltas(phi[episode == i], episode[episode == i], 5))
+
+
+def test_statistics_come_from_training_episodes_alone(tmp_path):
+    progress_file(tmp_path / "p.parquet")
+    before = rabc.compute(tmp_path / "p.parquet", "sparse", 5, 0.1, 1e-6, [0, 1])
+    table = pd.read_parquet(tmp_path / "p.parquet")
+    table.loc[table.episode_index == 2, "progress_sparse"] = 0.5
+    table.to_parquet(tmp_path / "p.parquet", index=False)
+    after = rabc.compute(tmp_path / "p.parquet", "sparse", 5, 0.1, 1e-6, [0, 1])
+    assert (before.delta_mean, before.delta_std) == (after.delta_mean, after.delta_std)
+
+
+def test_a_nan_is_an_error_that_names_the_frame_and_never_a_weight(tmp_path):
+    progress_file(tmp_path / "p.parquet", nan_at=43)
+    with pytest.raises(ValueError, match="first in episode 1 at frame 3"):
+        rabc.compute(tmp_path / "p.parquet", "sparse", 5, 0.1, 1e-6, [0, 1, 2])
+
+
+def test_a_file_of_another_dataset_and_a_missing_head_are_refused(in_project):
+    config, dataset = in_project
+    path = config.paths.read("sarm_progress.parquet", "05")
+    train = [e.index for e in dataset.split("train")]
+    with pytest.raises(ValueError, match="progress of another dataset"):
+        rabc.compute(path, "sparse", 4, 0.1, 1e-6, train, fingerprint="0123456789abcdef")
+    with pytest.raises(ValueError, match="has no progress_dense; it has progress_sparse"):
+        rabc.compute(path, "dense", 4, 0.1, 1e-6, train)
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "weight", "expected"),
+    [
+        (0.1, 0.1, 0.5, None),
+        (0.1, 0.1, 0.99, "raise rabc.kappa"),
+        (0.1, 0.1, 0.85, "raise rabc.kappa"),
+        (0.1, 0.1, 0.1, "lower rabc.kappa"),
+        (-0.1, 0.1, 0.5, "delta mean ≤ 0"),
+        (0.1, 0.0, 0.5, "delta std ≈ 0"),
+    ],
+)
+def test_the_guide_s_table_of_symptoms(mean, std, weight, expected):
+    found = rabc.warnings({"delta_mean": mean, "delta_std": std, "mean_weight": weight})
+    assert (not found) if expected is None else any(expected in text for text in found)
+
+
+def test_every_row_gets_its_own_frame_s_weight(in_project, tmp_path):
+    config, dataset = in_project
+    path = config.paths.read("rabc_weights.parquet", "05")
+    table = pd.read_parquet(path)
+    assert list(table) == ["index", "episode_index", "frame_index", "delta", "weight"]
+    copy = tmp_path / "w.parquet"
+    table.to_parquet(copy, index=False)
+    np.testing.assert_array_equal(rabc.weights_of_rows(copy, dataset), table.weight)
+    table.iloc[:-3].to_parquet(copy, index=False)
+    with pytest.raises(ValueError, match="no weight for some frames"):
+        rabc.weights_of_rows(copy, dataset)

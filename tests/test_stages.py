@@ -1,0 +1,84 @@
+"""Eq 1, the targets and Eq 2: LeRobot's values where both define them, and what the equations promise."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sarm_lib.annotations import Annotation, Segment
+from sarm_lib.stages import progress, targets, temporal_proportions
+
+NAMES = ["reach", "grasp", "lift", "carry"]
+
+
+@st.composite
+def episodes(draw, repeats: bool = False):
+    """Segments that neither touch nor leave gaps, over a whole episode."""
+    names = (
+        draw(st.lists(st.sampled_from(NAMES), min_size=1, max_size=6)) if repeats else NAMES[: draw(st.integers(2, 4))]
+    )
+    lengths = [draw(st.integers(2, 30)) for _ in names]
+    ends = np.cumsum(lengths)
+    return tuple(Segment(n, int(e - k), int(e) - 1) for n, k, e in zip(names, lengths, ends, strict=True)), int(
+        ends[-1]
+    )
+
+
+@given(episodes())
+def test_targets_are_lerobot_s_before_they_are_added(episode):
+    from lerobot.rewards.sarm.sarm_utils import find_stage_and_tau
+
+    segments, length = episode
+    columns = [[s.subtask for s in segments], [s.start for s in segments], [s.end for s in segments]]
+    stage, tau = targets(segments, NAMES, length)
+    theirs = [find_stage_and_tau(t, length, *columns, NAMES, {}) for t in range(length)]
+    assert stage.tolist() == [k for k, _ in theirs]
+    np.testing.assert_allclose(tau, [x for _, x in theirs], atol=1e-6)
+
+
+@given(episodes(repeats=True))
+def test_tau_runs_from_0_to_1_in_every_segment_also_in_a_repeated_one(episode):
+    segments, length = episode
+    stage, tau = targets(segments, NAMES, length)
+    for s in segments:
+        assert (stage[s.start : s.end + 1] == NAMES.index(s.subtask)).all()
+        np.testing.assert_allclose(tau[s.start : s.end + 1], np.linspace(0, 1, s.end - s.start + 1), atol=1e-6)
+
+
+def test_gaps_edges_and_single_frames():
+    stage, tau = targets((Segment("grasp", 2, 4), Segment("lift", 7, 7)), NAMES, 10)
+    assert stage.tolist() == [1, 1, 1, 1, 1, 1, 1, 2, 2, 2]
+    assert tau.tolist() == [0, 0, 0, 0.5, 1, 1, 1, 1, 1, 1]
+
+
+@given(st.lists(episodes(repeats=True), min_size=1, max_size=5))
+def test_proportions_count_every_episode_and_every_repeat(drawn):
+    annotations = [Annotation(i, length, "test", segments, None) for i, (segments, length) in enumerate(drawn)]
+    shares = temporal_proportions(annotations, "sparse", NAMES)
+    by_hand = [
+        [sum(s.end - s.start + 1 for s in seg if s.subtask == n) / length for n in NAMES] for seg, length in drawn
+    ]
+    np.testing.assert_allclose(shares, np.mean(by_hand, axis=0))
+    assert shares.sum() == pytest.approx(1)
+
+
+@given(
+    shares=st.lists(st.floats(0.01, 1), min_size=1, max_size=8).map(np.array),
+    positions=st.lists(st.tuples(st.floats(0, 1), st.floats(0, 0.998)), min_size=1, max_size=20),
+)
+def test_progress_is_lerobot_s_and_rises_with_stage_and_tau(shares, positions):
+    from lerobot.rewards.sarm.sarm_utils import normalize_stage_tau
+
+    stage = np.array([min(int(k * len(shares)), len(shares) - 1) for k, _ in positions])
+    tau = np.array([t for _, t in positions], dtype=np.float32)
+    ours = progress(stage, tau, shares)
+    theirs = normalize_stage_tau(torch.from_numpy(stage + tau), temporal_proportions=shares.tolist()).numpy()
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    order = np.lexsort((tau, stage))
+    assert (np.diff(ours[order]) >= -1e-6).all() and 0 <= ours.min() and ours.max() <= 1
+
+
+def test_the_end_of_a_stage_is_the_start_of_the_next_and_the_last_ends_at_one():
+    shares = np.array([0.2, 0.5, 0.3])
+    np.testing.assert_allclose(progress(np.array([0, 1, 1, 2]), np.array([1.0, 0, 1, 1]), shares), [0.2, 0.2, 0.7, 1.0])
