@@ -34,6 +34,7 @@ smoke: env
 lint: env
 	ruff check .
 	ruff format --check sarm_lib demo tests benchmarks
+	ruff format --check --line-length 96 notebooks
 
 bench: data
 	python -m benchmarks

@@ -9,7 +9,7 @@ from pathlib import Path
 import altair as alt
 import numpy as np
 import pandas as pd
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 STAGE_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#F0E442")
 PREDICTED, TARGET, ACCENT = "#0072B2", "#7F7F7F", "#D55E00"
@@ -20,6 +20,7 @@ def setup() -> None:
     """Call once in a notebook: static pictures, twice the resolution."""
     alt.renderers.enable("png", scale_factor=2)
     alt.theme.enable("sarm")
+    pd.set_option("display.max_colwidth", None)
 
 
 @alt.theme.register("sarm", enable=False)
@@ -105,7 +106,7 @@ def progress(predicted: np.ndarray, target: np.ndarray | None, fps: int, title: 
         alt.Chart(table, title=title)
         .mark_line()
         .encode(
-            x=alt.X("time:Q", title="time (s)"),
+            x=alt.X("time:Q", title="time (s)", scale=alt.Scale(nice=False)),
             y=alt.Y("progress:Q", title="progress φ", scale=alt.Scale(domain=[0, 1])),
             color=alt.Color(
                 "curve:N", scale=alt.Scale(domain=["predicted", "target"], range=[PREDICTED, TARGET]), title=None
@@ -118,6 +119,14 @@ def progress(predicted: np.ndarray, target: np.ndarray | None, fps: int, title: 
     )
 
 
+def episode(
+    predicted: np.ndarray, target: np.ndarray | None, probabilities: np.ndarray, names: list[str], fps: int, title: str
+):
+    """Progress of an episode over its stage probabilities, on one time axis."""
+    parts = alt.vconcat(progress(predicted, target, fps, title), stage_probabilities(probabilities, names, fps))
+    return parts.resolve_scale(color="independent", x="shared")
+
+
 def stage_probabilities(probabilities: np.ndarray, names: list[str], fps: int) -> alt.Chart:
     """Stacked stage probabilities (T, K) over time."""
     table = pd.DataFrame(probabilities, columns=names).assign(time=np.arange(len(probabilities)) / fps)
@@ -127,7 +136,7 @@ def stage_probabilities(probabilities: np.ndarray, names: list[str], fps: int) -
         alt.Chart(table)
         .mark_area()
         .encode(
-            x=alt.X("time:Q", title="time (s)"),
+            x=alt.X("time:Q", title="time (s)", scale=alt.Scale(nice=False)),
             y=alt.Y("probability:Q", stack="normalize", title="stage probability"),
             color=alt.Color("stage:N", scale=stage_scale(names), title=None),
             order="order:Q",
@@ -156,9 +165,9 @@ def delta_histogram(delta: np.ndarray, weight: np.ndarray, kappa: float) -> alt.
         alt.Chart(delta_bins(delta, weight), title="Progress gained in Δ frames, and the weight it earns")
         .mark_bar()
         .encode(
-            x=alt.X("low:Q", title="r = φ(t+Δ) − φ(t)"),
+            x=alt.X("low:Q", bin="binned", title="r = φ(t+Δ) − φ(t)"),
             x2="high:Q",
-            y=alt.Y("frames:Q"),
+            y=alt.Y("frames:Q", stack="zero"),
             color=alt.Color(
                 "kind:N", scale=alt.Scale(domain=list(WEIGHT_KINDS), range=[ACCENT, "#56B4E9", PREDICTED]), title=None
             ),
@@ -176,7 +185,7 @@ def delta_histogram(delta: np.ndarray, weight: np.ndarray, kappa: float) -> alt.
 def weights_over_time(progress_of: np.ndarray, weight: np.ndarray, fps: int, title: str) -> alt.LayerChart:
     """Progress of an episode with every frame coloured by its weight."""
     table = pd.DataFrame({"time": np.arange(len(weight)) / fps, "progress": progress_of, "weight": weight})
-    base = alt.Chart(table, title=title).encode(x=alt.X("time:Q", title="time (s)"))
+    base = alt.Chart(table, title=title).encode(x=alt.X("time:Q", title="time (s)", scale=alt.Scale(nice=False)))
     y = alt.Y("progress:Q", title="progress φ", scale=alt.Scale(domain=[0, 1]))
     line = base.mark_line(color="#BBBBBB").encode(y=y)
     scale = alt.Scale(domain=[0, 0.5, 1], range=[ACCENT, "#C9C9C9", PREDICTED])
@@ -225,9 +234,9 @@ def filmstrip(images: np.ndarray, labels: list[str], width: int = 1280) -> Image
     n, height, frame_width = images.shape[:3]
     scale = min(width / (n * frame_width), 2.0)
     size = (round(frame_width * scale), round(height * scale))
-    strip = Image.new("RGB", (n * size[0], size[1] + 18), "white")
-    draw = ImageDraw.Draw(strip)
+    strip = Image.new("RGB", (n * size[0], size[1] + 22), "white")
+    draw, font = ImageDraw.Draw(strip), ImageFont.load_default(size=15)
     for i, (image, label) in enumerate(zip(images, labels, strict=True)):
         strip.paste(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS), (i * size[0], 0))
-        draw.text((i * size[0] + 4, size[1] + 3), label, fill="black")
+        draw.text((i * size[0] + 4, size[1] + 3), label, fill="black", font=font)
     return strip

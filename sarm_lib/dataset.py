@@ -199,7 +199,7 @@ class Dataset:
         table = pq.read_table(path, columns=[image_key], filters=[("episode_index", "=", episode.index)])
         for cell in table[image_key].to_pylist():
             source = io.BytesIO(cell["bytes"]) if cell["bytes"] else self.root / cell["path"]
-            yield np.asarray(Image.open(source).convert("RGB"))
+            yield np.array(Image.open(source).convert("RGB"))
 
 
 def open_dataset(

@@ -2,7 +2,7 @@
 
     python -m sarm_lib.pipeline sources          what stages depend on: notebooks without outputs, the dataset's name
     python -m sarm_lib.pipeline run 03_train_sarm
-    python -m sarm_lib.pipeline smoke            ten episodes through every notebook, into outputs/scratch/smoke
+    python -m sarm_lib.pipeline smoke            ten episodes through every notebook, on one page, outputs/scratch/smoke
 
 Saving a notebook changes its file but not its code, so stages depend on the code alone. papermill runs the page; a run
 that fails leaves its report beside the good one as `NN_name.failed.ipynb`.
@@ -19,6 +19,7 @@ from typing import Any
 import nbformat
 import papermill
 from nbconvert import HTMLExporter
+from traitlets.config import Config
 
 from sarm_lib import dataset as datasets
 from sarm_lib.artifacts import staged, write_json
@@ -76,45 +77,50 @@ def describe_dataset(params) -> dict[str, Any]:
     }
 
 
-def run(root: Path, name: str, overrides: dict[str, Any] | None = None, reports: Path | None = None) -> None:
+def run(root: Path, name: str) -> None:
     """Run one notebook with papermill; its executed copy and HTML land in `outputs/reports/`."""
-    notebook = root / "notebooks" / f"{name}.ipynb"
-    reports = reports or load(root / "params.yaml").paths.write("reports/x").parent
-    reports.mkdir(parents=True, exist_ok=True)
-    report, failed = reports / f"{name}.ipynb", reports / f"{name}.failed.ipynb"
-    running = reports / f".{name}.running.ipynb"
-    parameters = {"overrides": overrides} if overrides else {}
+    execute(root / "notebooks" / f"{name}.ipynb", load(root / "params.yaml").paths.write(f"reports/{name}.ipynb"))
+
+
+def smoke(root: Path) -> None:
+    """Every notebook on ten episodes with few steps, one after the other in one kernel: a first look at a dataset."""
+    chain, folder = nbformat.v4.new_notebook(), root / SMOKE["base.outputs"]
+    for notebook in notebooks(root):
+        for cell in nbformat.read(notebook, as_version=4).cells:
+            cell.id = f"{notebook.stem}-{cell.id}"
+            if "parameters" in cell.metadata.get("tags", []):
+                cell.source += f"\noverrides = {SMOKE!r}"
+            chain.cells.append(cell)
+    folder.mkdir(parents=True, exist_ok=True)
+    nbformat.write(chain, folder / "chain.ipynb")
+    execute(folder / "chain.ipynb", folder / "smoke.ipynb", cwd=root / "notebooks")
+    log.info("the whole chain runs on this dataset")
+
+
+def execute(notebook: Path, report: Path, cwd: Path | None = None) -> None:
+    """Run `notebook` into `report` and HTML beside it. A failing page is kept as `*.failed.ipynb`; the program exits."""
+    running, failed = report.with_name(f".{report.stem}.running.ipynb"), report.with_suffix(".failed.ipynb")
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")
     start = time.monotonic()
     try:
         papermill.execute_notebook(
             notebook,
             running,
-            parameters,
-            cwd=str(notebook.parent),
+            cwd=str(cwd or notebook.parent),
             kernel_name="python3",
             progress_bar=False,
             log_output=True,
+            config=Config(KernelManager={"transport": "ipc"}),  # no port, and no warning about one
         )
     except papermill.PapermillExecutionError as error:
         os.replace(running, failed)
-        sys.exit(
-            f"{name}: {error.ename}: {error.evalue}\nThe page up to the failing cell is {failed.relative_to(root)}."
-        )
+        sys.exit(f"{report.stem}: {error.ename}: {error.evalue}\nThe page up to the failing cell is {failed}")
     os.replace(running, report)
     failed.unlink(missing_ok=True)
     html, _ = HTMLExporter(embed_images=True).from_filename(str(report))
     with staged(report.with_suffix(".html")) as partial:
         partial.write_text(html)
-    log.info("%s ran in %.0f s: %s", name, time.monotonic() - start, report.with_suffix(".html").relative_to(root))
-
-
-def smoke(root: Path) -> None:
-    """Every notebook on ten episodes with few steps: finds out in about a minute what is wrong with a dataset."""
-    for notebook in notebooks(root):
-        log.info("%s …", notebook.stem)
-        run(root, notebook.stem, SMOKE, reports=root / SMOKE["base.outputs"] / "reports")
-    log.info("the whole chain runs on this dataset; the reports are in %s/reports", SMOKE["base.outputs"])
+    log.info("%s ran in %.0f s: %s", report.stem, time.monotonic() - start, report.with_suffix(".html"))
 
 
 def main() -> None:

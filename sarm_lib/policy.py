@@ -7,6 +7,8 @@ actions in a sample's loss and cannot run two arms on the same draws. Both arms 
 the same order: they differ in the weights alone.
 """
 
+import contextlib
+import io
 import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -41,7 +43,7 @@ log = logging.getLogger(__name__)
 
 CHECKPOINT = Path("checkpoints/last")  # LeRobot's layout: checkpoints/last/pretrained_model
 CURVE = "curve.json"
-VALIDATION_FRAMES = 256
+VALIDATION_FRAMES, VALIDATION_BATCH = 256, 64
 
 
 # --- the policy -----------------------------------------------------------------------------------------------------
@@ -308,19 +310,14 @@ def provenance(arm: Arm, params, dataset: Dataset) -> dict[str, Any]:
 
 @torch.no_grad()
 def validation_loss(
-    folder: Path,
-    frames: CachedFrames | StreamedFrames,
-    episodes: tuple[Episode, ...],
-    seed: int,
-    batch_size: int,
-    device: str,
+    folder: Path, frames: CachedFrames | StreamedFrames, episodes: tuple[Episode, ...], seed: int, device: str
 ) -> float:
     """Unweighted loss of a trained policy on evenly spaced frames of `episodes`, with fixed noise."""
     policy, preprocessor, _ = load(folder, device)
     rows = rows_of(episodes)
     rows = rows[np.unique(np.linspace(0, len(rows) - 1, VALIDATION_FRAMES).astype(int))]
     torch.manual_seed(seed)
-    parts = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+    parts = [rows[i : i + VALIDATION_BATCH] for i in range(0, len(rows), VALIDATION_BATCH)]
     losses = [per_sample_loss(policy, preprocessor(batch)) for batch in frames.batches(iter(parts))]
     return float(torch.cat(losses).mean())
 
@@ -340,7 +337,8 @@ def load(folder: Path, device: str) -> tuple[PreTrainedPolicy, Any, Any]:
     path = folder / CHECKPOINT / "pretrained_model"
     config = PreTrainedConfig.from_pretrained(path)
     config.pretrained_path, config.device = path, device
-    policy = get_policy_class(config.type).from_pretrained(path, config=config).to(device).eval()
+    with contextlib.redirect_stdout(io.StringIO()):  # LeRobot prints that it loads
+        policy = get_policy_class(config.type).from_pretrained(path, config=config).to(device).eval()
     overrides = {"device_processor": {"device": device}}
     return policy, *make_pre_post_processors(config, pretrained_path=str(path), preprocessor_overrides=overrides)
 

@@ -128,8 +128,8 @@ def errors(
 
 def ensure_progress(
     path: Path, params, dataset: Dataset, embeddings: Embeddings, model: RewardModel, reward_model_path: str
-) -> None:
-    """Make `path` the progress of `dataset` by `model`, unless it is that already."""
+) -> str:
+    """Make `path` the progress of `dataset` by `model`, unless it is that already. Returns which it was, in words."""
     heads = model.spec.heads if params.rabc.head_mode == "both" else (params.rabc.head_mode,)
     provenance = {
         "reward_model_path": reward_model_path,
@@ -142,10 +142,11 @@ def ensure_progress(
         "code": code_digest("windows", "model", "stages", "progress"),
     }
     if path.exists() and read_provenance(path) == provenance:
-        return
+        return f"kept the progress of {dataset.num_frames:,} frames that this model gave before"
     store = frame_store(dataset, embeddings, model)
     found = score_dataset(model.sarm, store, dataset, heads, params.rabc.stride, params.rabc.batch_size)
     write_progress(path, dataset, found, provenance)
+    return f"scored {dataset.num_frames:,} frames"
 
 
 def write_progress(path: Path, dataset: Dataset, progress_of: dict[str, np.ndarray], provenance: dict) -> None:

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sarm_lib.artifacts import staged
-from sarm_lib.dataset import Dataset, Episode
+from sarm_lib.dataset import Dataset, Episode, episode_table
 from sarm_lib.progress import read_provenance
 
 Head = Literal["sparse", "dense"]
@@ -142,6 +143,12 @@ def weights_of_rows(path: Path, dataset: Dataset) -> np.ndarray:
             f"{path.name} has no weight for some frames of {dataset.root.name}: run 05_compute_rabc on this dataset"
         )
     return weight[position]
+
+
+def episode_weights(computed: RabcWeights, dataset: Dataset) -> pd.DataFrame:
+    """The episode table with the mean `weight` of each episode's frames."""
+    frames = pd.DataFrame({"episode": computed.episode_index, "weight": computed.weight})
+    return episode_table(dataset).merge(frames.groupby("episode").weight.mean().reset_index(), on="episode")
 
 
 def rows_of(episodes: tuple[Episode, ...]) -> np.ndarray:

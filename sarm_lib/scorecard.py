@@ -13,6 +13,7 @@ the clock, φ̂_t = (t - 1)/(T - 1): it has the best voc there is and, where the
 """
 
 import numpy as np
+import pandas as pd
 from scipy.stats import spearmanr
 
 BOOTSTRAP, SEED, DIGITS = 2000, 0, 6
@@ -78,6 +79,12 @@ def summarise(metrics: list[dict[str, float]], groups: list[str]) -> dict[str, d
             low, high = bootstrap_interval(values)
             card[group] |= {name: round(float(values.mean()), DIGITS), f"{name}_low": low, f"{name}_high": high}
     return card
+
+
+def table(card: dict, metrics: list[str]) -> pd.DataFrame:
+    """A card as a table: a row a row and kind, the `metrics` as columns."""
+    rows = [(row, kind, *(values[m] for m in metrics)) for row, kinds in card.items() for kind, values in kinds.items()]
+    return pd.DataFrame(rows, columns=["row", "kind", *metrics]).round(4)
 
 
 def bootstrap_interval(values: np.ndarray) -> tuple[float, float]:

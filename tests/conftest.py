@@ -150,6 +150,13 @@ def make_project(folder: Path, dataset: Path, encoder: Path, overrides: dict | N
     return folder
 
 
+def run_chapters(project: Path) -> Path:
+    """Run every notebook of a project in this process."""
+    for name in chapters():
+        run_notebook(project, name)
+    return project
+
+
 def run_notebook(project: Path, name: str, overrides: dict | None = None) -> dict:
     """Run a notebook's code in this process, as Lab would: from its own folder. Returns its variables."""
     notebook = nbformat.read(project / "notebooks" / f"{name}.ipynb", as_version=4)
@@ -186,10 +193,7 @@ def tiny_encoder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def project(tmp_path_factory, tiny, tiny_encoder) -> Path:
     """A tiny project in which every notebook has run; read only."""
-    folder = make_project(tmp_path_factory.mktemp("project") / "p", tiny, tiny_encoder)
-    for name in chapters():
-        run_notebook(folder, name)
-    return folder
+    return run_chapters(make_project(tmp_path_factory.mktemp("project") / "p", tiny, tiny_encoder))
 
 
 @pytest.fixture

@@ -67,3 +67,17 @@ def test_runs_with_other_values_write_to_scratch_and_read_what_is_there(tmp_path
     assert other.read("sarm", "03_train_sarm") == tmp_path / "outputs/scratch/sarm"
     with pytest.raises(FileNotFoundError, match="run the notebook 00_prepare first"):
         usual.read("embeddings", "00_prepare")
+
+
+def test_the_table_of_the_guide_s_options_names_existing_keys_and_their_defaults():
+    import re
+
+    import yaml
+
+    values = yaml.safe_load((ROOT / "params.yaml").read_text())
+    rows = re.findall(r"^\| (`--.+?) \| `(\w+)\.(\w+)` \| (.+?) \|$", (ROOT / "docs/options.md").read_text(), re.M)
+    assert len(rows) >= 20
+    for _, section, key, default in rows:
+        assert key in values[section], f"{section}.{key}"
+        if default.startswith("`"):
+            assert yaml.safe_load(default.strip("`")) == values[section][key], f"{section}.{key}"

@@ -122,12 +122,10 @@ def test_a_second_run_and_a_saved_notebook_run_nothing(repository):
 
 def test_another_kappa_scores_nothing_again_and_retrains_only_what_uses_the_weights(repository):
     outputs = repository / "outputs"
-    kept = [
-        outputs / "sarm_progress.parquet",
-        outputs / "policy/bc/provenance.json",
-        outputs / "sarm/model.safetensors",
-    ]
-    before = [written(path) for path in kept]
+    page = outputs / "reports/05_compute_rabc.ipynb"
+    kept = [outputs / "policy/bc/provenance.json", outputs / "sarm/model.safetensors"]
+    before, progress = [written(path) for path in kept], (outputs / "sarm_progress.parquet").read_bytes()
+    assert "scored 135 frames" in page.read_text()
     weighted = written(outputs / "policy/rabc/provenance.json")
     params = repository / "params.yaml"
     delta = pd.read_parquet(outputs / "rabc_weights.parquet").delta
@@ -135,7 +133,8 @@ def test_another_kappa_scores_nothing_again_and_retrains_only_what_uses_the_weig
     params.write_text(params.read_text().replace("kappa: 0.2", f"kappa: {kappa:.9f}"))
     ran = stages_that_ran(run(repository, "dvc", "repro"))
     assert ran == ["sources", "05_compute_rabc", "06_train_pi0"]
-    assert [written(path) for path in kept] == before
+    assert "kept the progress of 135 frames" in page.read_text() and "scored" not in page.read_text()
+    assert [written(path) for path in kept] == before and (outputs / "sarm_progress.parquet").read_bytes() == progress
     assert written(outputs / "policy/rabc/provenance.json") > weighted
 
 
