@@ -1,12 +1,12 @@
 # make repro   run the whole pipeline          make test    run all tests
 # make lab     open the notebooks              make smoke   ten episodes of your dataset through every notebook
-# make lint    check style                     make bench   run the benchmarks
-# make lock    renew requirements.lock         make demo    record the demo dataset again (needs OpenGL)
+# make lint    check style                     make lock    renew requirements.lock
+# make demo    record the demo dataset again (needs OpenGL)
 # Each builds what it needs. PYTHON=/path/to/python3.12 chooses the interpreter.
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: env data repro test lab smoke lint bench lock demo clean
+.PHONY: env data repro test lab smoke lint lock demo clean
 
 VENV := .venv
 BIN := $(abspath $(VENV))/bin
@@ -27,17 +27,13 @@ test: data
 lab: data
 	jupyter lab notebooks
 
-smoke: env
-	@test -e data/demo || dvc pull -q data.dvc
+smoke: data
 	python -m sarm_lib.pipeline smoke
 
 lint: env
 	ruff check .
-	ruff format --check sarm_lib demo tests benchmarks
+	ruff format --check sarm_lib demo tests
 	ruff format --check --line-length 96 notebooks
-
-bench: data
-	python -m benchmarks
 
 demo: env
 	python -m demo.record data/demo/assembly
@@ -50,7 +46,7 @@ lock:
 	  --generate-hashes --no-emit-index-url --upgrade --quiet -o requirements.lock
 
 data: env
-	@dvc status -q data.dvc || dvc pull -q data.dvc
+	@test -e data/demo/assembly/meta/info.json || dvc pull -q data.dvc
 
 env: $(VENV)/.installed
 

@@ -60,6 +60,8 @@ def planned_episodes() -> list[tuple[str, str, int]]:
 def record(root: Path) -> None:
     """Record every planned episode into a LeRobot v3 dataset at `root`, replacing what is there."""
     plan, sim = planned_episodes(), AssemblySimulator()
+    sim.reset(0)
+    sim.render()  # without OpenGL nothing must be lost
     truth = fit_truth(
         [demonstrate(sim, kind, seed).scenes for split, kind, seed in plan if (split, kind) == ("train", "clean")]
     )

@@ -4,6 +4,7 @@ A killed stage leaves nothing half-written. An artifact whose recorded provenanc
 reused, so that a change of κ re-scores no frame and opening a notebook after a run trains nothing again.
 """
 
+import ast
 import hashlib
 import json
 import os
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+PACKAGE = Path(__file__).parent
 PROVENANCE = "provenance.json"
 
 
@@ -21,9 +23,33 @@ def digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def code_digest(*modules: str) -> str:
-    """Names the code of these modules of `sarm_lib`: what made an artifact is also the program that made it."""
-    return digest(*((Path(__file__).parent / f"{module}.py").read_text() for module in modules))
+def code_digest(module: str) -> str:
+    """Names the code of a module of `sarm_lib` and of all that it imports from there: an artifact is also made by the
+    program that made it."""
+    return digest(*((name, (PACKAGE / f"{name}.py").read_text()) for name in sorted(import_closure({module}))))
+
+
+def import_closure(modules: set[str]) -> set[str]:
+    """These modules of `sarm_lib` and every one that they import, directly or not."""
+    todo, seen = set(modules), set()
+    while todo:
+        module = todo.pop()
+        seen.add(module)
+        todo |= imported_modules((PACKAGE / f"{module}.py").read_text()) - seen
+    return seen
+
+
+def imported_modules(source: str) -> set[str]:
+    """Modules of `sarm_lib` that a source text imports."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.module == "sarm_lib":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sarm_lib."):
+            found.add(node.module.split(".")[1])
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("sarm_lib.")}
+    return found
 
 
 def file_digest(path: Path) -> str:

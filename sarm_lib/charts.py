@@ -4,11 +4,12 @@ A stage has the same colour wherever it appears (Okabe and Ito's palette, safe f
 as PNG, which works without a network in Lab, in reports and on GitHub.
 """
 
-from pathlib import Path
+import io
 
 import altair as alt
 import numpy as np
 import pandas as pd
+import vl_convert
 from PIL import Image, ImageDraw, ImageFont
 
 STAGE_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#F0E442")
@@ -45,10 +46,6 @@ def _theme() -> alt.theme.ThemeConfig:
 def stage_scale(names: list[str]) -> alt.Scale:
     """The colours of these stages, in order."""
     return alt.Scale(domain=names, range=[STAGE_COLOURS[i % len(STAGE_COLOURS)] for i in range(len(names))])
-
-
-def save(chart: alt.TopLevelMixin, path: Path) -> None:
-    chart.save(str(path), scale_factor=2)
 
 
 def episode_lengths(table: pd.DataFrame) -> alt.Chart:
@@ -120,11 +117,24 @@ def progress(predicted: np.ndarray, target: np.ndarray | None, fps: int, title: 
 
 
 def episode(
-    predicted: np.ndarray, target: np.ndarray | None, probabilities: np.ndarray, names: list[str], fps: int, title: str
-):
-    """Progress of an episode over its stage probabilities, on one time axis."""
-    parts = alt.vconcat(progress(predicted, target, fps, title), stage_probabilities(probabilities, names, fps))
-    return parts.resolve_scale(color="independent", x="shared")
+    images: np.ndarray,
+    labels: list[str],
+    predicted: np.ndarray,
+    target: np.ndarray | None,
+    probabilities: np.ndarray,
+    names: list[str],
+    fps: int,
+    title: str,
+) -> Image.Image:
+    """Frames of an episode over its progress and its stage probabilities, as one picture."""
+    parts = [progress(predicted, target, fps, title), stage_probabilities(probabilities, names, fps)]
+    chart = alt.vconcat(*parts).resolve_scale(color="independent", x="shared")
+    curves = Image.open(io.BytesIO(vl_convert.vegalite_to_png(chart.to_json(), scale=2))).convert("RGB")
+    strip = filmstrip(images, labels, width=curves.width)
+    page = Image.new("RGB", (curves.width, strip.height + curves.height), "white")
+    page.paste(strip, (0, 0))
+    page.paste(curves, (0, strip.height))
+    return page
 
 
 def stage_probabilities(probabilities: np.ndarray, names: list[str], fps: int) -> alt.Chart:
@@ -141,7 +151,7 @@ def stage_probabilities(probabilities: np.ndarray, names: list[str], fps: int) -
             color=alt.Color("stage:N", scale=stage_scale(names), title=None),
             order="order:Q",
         )
-        .properties(width=WIDTH, height=HEIGHT // 2)
+        .properties(width=WIDTH, height=HEIGHT // 3)
     )
 
 
@@ -234,8 +244,8 @@ def filmstrip(images: np.ndarray, labels: list[str], width: int = 1280) -> Image
     n, height, frame_width = images.shape[:3]
     scale = min(width / (n * frame_width), 2.0)
     size = (round(frame_width * scale), round(height * scale))
-    strip = Image.new("RGB", (n * size[0], size[1] + 22), "white")
-    draw, font = ImageDraw.Draw(strip), ImageFont.load_default(size=15)
+    strip = Image.new("RGB", (n * size[0], size[1] + 26), "white")
+    draw, font = ImageDraw.Draw(strip), ImageFont.load_default(size=18)  # knows no Greek
     for i, (image, label) in enumerate(zip(images, labels, strict=True)):
         strip.paste(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS), (i * size[0], 0))
         draw.text((i * size[0] + 4, size[1] + 3), label, fill="black", font=font)

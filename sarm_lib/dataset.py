@@ -94,15 +94,15 @@ class Dataset:
         names = ["index", "episode_index", "frame_index", "task_index", "timestamp"]
         return self._table(names).to_pandas()
 
-    @cached_property
+    @property
     def states(self) -> np.ndarray:
         """Robot states, (N, D) float32, all finite."""
-        return self._vectors(self.state_key)
+        return self.vectors(self.state_key)
 
-    @cached_property
+    @property
     def actions(self) -> np.ndarray:
         """Actions, (N, A) float32, all finite."""
-        return self._vectors("action")
+        return self.vectors("action")
 
     def episode_column(self, name: str) -> list:
         """A column of the episode metadata, one value an episode."""
@@ -141,7 +141,17 @@ class Dataset:
             episode_index = table["episode_index"]
         return table.filter(pc.is_in(episode_index, kept))
 
-    def _vectors(self, key: str) -> np.ndarray:
+    @cached_property
+    def _read_vectors(self) -> dict[str, np.ndarray]:
+        return {}
+
+    def vectors(self, key: str) -> np.ndarray:
+        """A column of vectors, (N, D) float32, read once. Raises DatasetError where one is not finite."""
+        if key not in self._read_vectors:
+            self._read_vectors[key] = self._finite_vectors(key)
+        return self._read_vectors[key]
+
+    def _finite_vectors(self, key: str) -> np.ndarray:
         column = self._table([key])[key].combine_chunks()
         values = column.flatten() if pa.types.is_nested(column.type) else column
         vectors = np.asarray(values, dtype=np.float32).reshape(len(column), -1)
@@ -221,8 +231,10 @@ def open_dataset(
     for key in cameras:
         if key not in known:
             raise DatasetError(f"base.image_keys: no camera {key!r} in this dataset; it has {', '.join(known)}")
-    vectors = [k for k, f in info["features"].items() if f["dtype"].startswith("float") and len(f["shape"]) == 1]
-    if state_key not in info["features"]:
+    vectors = [k for k, f in info["features"].items() if k.startswith(("observation.", "action")) and _is_vector(f)]
+    if "action" not in info["features"]:
+        raise DatasetError("this dataset has no action: policies cannot learn from it")
+    if state_key not in vectors:
         raise DatasetError(f"base.state_key: no {state_key!r} in this dataset; its vectors are {', '.join(vectors)}")
     for row in table.itertuples():
         if row.length <= 0 or row.dataset_to_index - row.dataset_from_index != row.length:
@@ -246,7 +258,26 @@ def open_dataset(
         raise DatasetError(
             f"the data files hold {len(opened.frames)} frames, the episode table {opened.num_frames}: download again"
         )
+    _check_frames(opened)
     return opened
+
+
+def _check_frames(dataset: Dataset) -> None:
+    """Every frame is where the episode table says, at the time that its number says."""
+    frames = dataset.frames
+    expected = np.concatenate([np.arange(e.start, e.start + e.length) for e in dataset.episodes])
+    within = expected - np.concatenate([np.full(e.length, e.start) for e in dataset.episodes])
+    late = np.abs(frames.timestamp.to_numpy() - within / dataset.fps) > 0.5 / dataset.fps
+    for wrong, what in (
+        (frames["index"].to_numpy() != expected, "is not where the episode table says"),
+        (late, f"is not at the time that {dataset.fps} frames a second give it"),
+    ):
+        if wrong.any():
+            where = frames.iloc[int(wrong.argmax())]
+            raise DatasetError(
+                f"episode {int(where.episode_index)}: frame {int(where.frame_index)} {what}: record or download it again, "
+                "or delete the episode with lerobot-edit-dataset"
+            )
 
 
 def from_params(params) -> Dataset:
@@ -345,7 +376,13 @@ def _locate(dataset: str | Path, revision: str | None) -> Path:
         )
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
-    return Path(LeRobotDataset(str(dataset), revision=revision).root)
+    try:
+        return Path(LeRobotDataset(str(dataset), revision=revision).root)
+    except Exception as error:  # huggingface_hub raises a dozen kinds
+        raise DatasetError(
+            f"base.dataset: there is no folder {dataset}, and as a Hub dataset it cannot be loaded "
+            f"(revision {revision}): {type(error).__name__}: {error}"
+        ) from error
 
 
 def _read_info(root: Path) -> dict:
@@ -354,9 +391,13 @@ def _read_info(root: Path) -> dict:
     if not version.startswith("v3"):
         raise DatasetError(
             f"{root.name} is a LeRobot dataset {version}, v3.0 is needed: convert it with "
-            f"python -m lerobot.scripts.convert_dataset_v21_to_v30 --repo-id={root.name} --root={root}"
+            f"python -m lerobot.scripts.convert_dataset_v21_to_v30 --repo-id=user/{root.name} --root={root} --push-to-hub=false"
         )
     return info
+
+
+def _is_vector(feature: dict) -> bool:
+    return feature["dtype"].startswith("float") and len(feature["shape"]) == 1
 
 
 def _camera_keys(info: dict) -> list[str]:
@@ -393,17 +434,19 @@ def _splits(info: dict, count: int, val: float, test: float, seed: int) -> list[
     """The dataset's own splits (`meta/info.json`), or drawn episodes where it names no val split."""
     names = ["train"] * count
     own = info.get("splits") or {}
-    if "val" in own:
+    if set(own) - {"train"}:
+        if set(own) != set(SPLITS):
+            raise DatasetError(
+                f"meta/info.json: splits are {', '.join(own)}; needed are {', '.join(SPLITS)}, or train alone"
+            )
         for split, bounds in own.items():
-            if split not in SPLITS:
-                raise DatasetError(f"meta/info.json: unknown split {split!r}; known are {', '.join(SPLITS)}")
             start, stop = map(int, bounds.split(":"))
             names[start:stop] = [split] * (stop - start)
         return names
     order = np.random.default_rng(seed).permutation(count)
     held = {"val": max(1, round(val * count)), "test": max(1, round(test * count))}
-    if count < 3:
-        raise DatasetError(f"{count} episodes cannot be split into train, val and test: at least 3 are needed")
+    if sum(held.values()) >= count:
+        raise DatasetError(f"base.val_fraction, base.test_fraction: of {count} episodes they leave none to train on")
     for i in order[: held["val"]]:
         names[i] = "val"
     for i in order[held["val"] : held["val"] + held["test"]]:

@@ -38,9 +38,8 @@ class Encoder:
 
     @property
     def identity(self) -> str:
-        """A name for these weights, whatever folder they lie in."""
-        weights = Path(self.path) / "model.safetensors"
-        return file_digest(weights)[:16] if weights.exists() else digest(self.name, self.model.config._commit_hash)
+        """A name for weights, preprocessing and tokenizer, whatever folder they lie in."""
+        return identity(self.path) or digest(self.path, self.model.config._commit_hash)
 
     @torch.inference_mode()
     def images(self, images: np.ndarray) -> Tensor:
@@ -80,6 +79,12 @@ def load(path: str, device: str = "cpu", name: str | None = None) -> Encoder:
     return Encoder(path, device, name or path)
 
 
+def identity(path: str) -> str | None:
+    """Names the files of a local encoder; None for one of the Hub."""
+    files = sorted(p for p in Path(path).glob("*") if p.is_file() and not p.name.startswith("."))
+    return digest(*((p.name, file_digest(p)) for p in files)) if files else None
+
+
 def from_params(params, device: str) -> Encoder:
     """The encoder that `prepare.encoder` names."""
     return load(params.encoder, device, params.prepare.encoder)
@@ -94,7 +99,7 @@ def encode_dataset(dataset: Dataset, encoder: Encoder, folder: Path, batch_size:
         "cameras": list(dataset.image_keys),
         "episodes": [[episode.index, episode.length] for episode in dataset.episodes],
         "tasks": dataset.tasks,
-        "code": code_digest("dataset", "encoder"),
+        "code": code_digest("encoder"),
     }
     if is_current(folder, made_from):
         return read_json(folder / INDEX)

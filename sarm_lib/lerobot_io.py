@@ -42,12 +42,12 @@ def write_annotated_dataset(
     table_columns = columns(annotations, dataset, tuple(proportions))
     with staged(target / "meta") as partial:
         shutil.copytree(dataset.root / "meta", partial)
+        for path in partial.glob("temporal_proportions_*.json"):
+            path.unlink()  # of annotations that the source carried
         for path in sorted(partial.glob("episodes/**/*.parquet")):
             pq.write_table(_with_columns(pq.read_table(path), table_columns), path)
         for head, shares in proportions.items():
             # LeRobot reads the order of the stages from the order of the keys: not sorted.
-            import json
-
             (partial / f"temporal_proportions_{head}.json").write_text(json.dumps(shares, indent=2) + "\n")
     link_media(dataset.root, target)
 
@@ -66,12 +66,12 @@ def link_media(source: Path, target: Path) -> None:
 def _with_columns(table: pa.Table, added: dict[str, list]) -> pa.Table:
     """The rows of one episode file with their own annotations: rows are matched by episode index, not by position."""
     rows = table["episode_index"].to_pylist()
+    table = table.drop_columns([name for name in table.column_names if ANNOTATION_MARK in name])
     for name, values in added.items():
         assert ANNOTATION_MARK in name
         item = pa.string() if name.endswith("names") else pa.float64() if "times" in name else pa.int64()
         column = pa.array([values[row] for row in rows], pa.list_(item))
-        position = table.schema.get_field_index(name)
-        table = table.append_column(name, column) if position < 0 else table.set_column(position, name, column)
+        table = table.append_column(name, column)
     return table
 
 

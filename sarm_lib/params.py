@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
+from sarm_lib.artifacts import digest
+
 AnnotationMode = Literal["single_stage", "dense_only", "dual"]
 Head = Literal["sparse", "dense"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -154,7 +156,7 @@ class Params(Section):
     policy: Policy
 
     _root: Path = PrivateAttr()
-    _scratch: bool = PrivateAttr(default=False)
+    _scratch: str | None = PrivateAttr(default=None)
 
     @property
     def paths(self) -> "Paths":
@@ -178,23 +180,24 @@ class Params(Section):
 
 
 class Paths:
-    """Where artifacts lie. Runs with overridden values write to `outputs/scratch/` and read there first."""
+    """Where artifacts lie. Runs with overridden values write to a folder of `outputs/scratch/` that is named after
+    these values, and read there first."""
 
-    def __init__(self, root: Path, outputs: Path, scratch: bool) -> None:
-        self.root, self._outputs, self._scratch = root, outputs, scratch
+    def __init__(self, root: Path, outputs: Path, scratch: str | None) -> None:
+        self.root, self._outputs = root, outputs
+        self._scratch = outputs / "scratch" / scratch if scratch else None
 
     def write(self, name: str) -> Path:
         """Where the artifact `name` is written; its folder exists."""
-        path = (self._outputs / "scratch" if self._scratch else self._outputs) / name
+        path = (self._scratch or self._outputs) / name
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
     def read(self, name: str, made_by: str) -> Path:
         """Where the artifact `name` lies. Raises FileNotFoundError that names the notebook that makes it."""
-        candidates = [self._outputs / "scratch" / name] if self._scratch else []
-        for path in [*candidates, self._outputs / name]:
-            if path.exists():
-                return path
+        for folder in filter(None, (self._scratch, self._outputs)):
+            if (folder / name).exists():
+                return folder / name
         raise FileNotFoundError(f"{self._outputs / name} is not there yet: run the notebook {made_by} first.")
 
     def resolve(self, path: str) -> Path:
@@ -219,10 +222,13 @@ def load(params_file: str | Path = "params.yaml", overrides: dict[str, Any] | No
         raise ParamsError("sarm.max_rewind_steps: must be smaller than sarm.n_obs_steps")
     if params.sarm.window == "centred" and params.sarm.n_obs_steps % 2:
         raise ParamsError("sarm.n_obs_steps: a centred window needs an even number (half before, half after)")
+    if params.sarm.save_every % params.sarm.eval_every:
+        raise ParamsError("sarm.save_every: must be a multiple of sarm.eval_every (a run resumes from a validation)")
     if params.base.annotation_mode == "single_stage" and "dense" in (params.rabc.head_mode, params.visualize.head_mode):
         raise ParamsError("head_mode: annotation_mode single_stage has no dense head; use sparse")
     params._root = path.parent
-    params._scratch = bool(set(overrides or {}) - {"base.device"}) and "base.outputs" not in (overrides or {})
+    changed = {key: value for key, value in (overrides or {}).items() if key != "base.device"}
+    params._scratch = digest(changed) if changed and "base.outputs" not in changed else None
     return params
 
 

@@ -23,6 +23,7 @@ from traitlets.config import Config
 
 from sarm_lib import dataset as datasets
 from sarm_lib.artifacts import staged, write_json
+from sarm_lib.encoder import identity
 from sarm_lib.params import find_upwards, load
 
 log = logging.getLogger("sarm")
@@ -56,7 +57,7 @@ def code_of(notebook: Path) -> str:
 
 
 def write_sources(root: Path) -> None:
-    """Write `outputs/sources/NN_name.py` for every notebook and `dataset.json`, the dataset's name and fingerprint."""
+    """Write `outputs/sources/NN_name.py` for every notebook, and what dataset and encoder are: `dataset.json`, `encoder.json`."""
     params = load(root / "params.yaml")
     folder = params.paths.write("sources")
     with staged(folder) as partial:
@@ -64,6 +65,7 @@ def write_sources(root: Path) -> None:
         for notebook in notebooks(root):
             (partial / f"{notebook.stem}.py").write_text(code_of(notebook))
         write_json(partial / "dataset.json", describe_dataset(params))
+        write_json(partial / "encoder.json", {"encoder": params.prepare.encoder, "identity": identity(params.encoder)})
 
 
 def describe_dataset(params) -> dict[str, Any]:

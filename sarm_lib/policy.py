@@ -50,32 +50,55 @@ VALIDATION_FRAMES, VALIDATION_BATCH = 256, 64
 
 
 def make(settings, dataset: Dataset, device: str) -> tuple[PreTrainedPolicy, Any, Any]:
-    """A policy with its pre- and postprocessor, as LeRobot's factory makes them. settings: `params.policy`."""
-    config = _make_config(settings, device)
+    """A policy with its pre- and postprocessor, as LeRobot's factory makes them. settings: `params.policy`.
+
+    A pretrained policy is told this dataset's cameras, and normalises with this dataset's statistics.
+    """
+    config, statistics = make_config(settings, device), training_statistics(dataset)
     policy = make_policy(config, ds_meta=dataset.lerobot_metadata)
+    overrides = {}
+    if settings.pretrained_path:
+        normalizer = {"stats": statistics, "norm_map": config.normalization_mapping}
+        features = {**config.input_features, **config.output_features}
+        overrides = {
+            "preprocessor_overrides": {
+                "device_processor": {"device": device},
+                "normalizer_processor": {**normalizer, "features": features},
+            },
+            "postprocessor_overrides": {"unnormalizer_processor": {**normalizer, "features": config.output_features}},
+        }
     processors = make_pre_post_processors(
         config,
         pretrained_path=settings.pretrained_path,
-        dataset_stats=dataset.lerobot_metadata.stats,
+        dataset_stats=statistics,
         dataset_meta=dataset.lerobot_metadata,
+        **overrides,
     )
     return policy, *processors
 
 
-def _make_config(settings, device: str) -> PreTrainedConfig:
-    fields = {
-        "device": device,
-        "chunk_size": settings.chunk_size,
-        "n_action_steps": settings.n_action_steps,
-        "push_to_hub": False,
-    }
-    if not settings.pretrained_path:
-        return make_policy_config(settings.type, **fields, **settings.config)
-    config = PreTrainedConfig.from_pretrained(settings.pretrained_path)
-    for name, value in {**fields, **settings.config}.items():
-        setattr(config, name, value)
-    config.pretrained_path = Path(settings.pretrained_path)
-    return config
+def make_config(settings, device: str) -> PreTrainedConfig:
+    """The policy's configuration: its type's defaults with the fields that `params.policy` sets."""
+    return make_policy_config(
+        settings.type,
+        device=device,
+        chunk_size=settings.chunk_size,
+        n_action_steps=settings.n_action_steps,
+        push_to_hub=False,
+        pretrained_path=Path(settings.pretrained_path) if settings.pretrained_path else None,
+        **settings.config,
+    )
+
+
+def training_statistics(dataset: Dataset) -> dict[str, dict[str, np.ndarray]]:
+    """Statistics of state and action over the training episodes, and LeRobot's of the cameras; of nothing else."""
+    rows, statistics = rows_of(dataset.split("train")), {}
+    for key in (OBS_STATE, ACTION):
+        values = dataset.vectors(key)[rows]
+        quantiles = {f"q{q:02d}": np.quantile(values, q / 100, axis=0) for q in (1, 10, 50, 90, 99)}
+        ends = {"min": values.min(0), "max": values.max(0), "count": np.array([len(values)])}
+        statistics[key] = {"mean": values.mean(0), "std": values.std(0), **ends, **quantiles}
+    return statistics | {key: dataset.lerobot_metadata.stats[key] for key in dataset.camera_keys}
 
 
 def per_sample_loss(policy: PreTrainedPolicy, batch: dict[str, Any]) -> Tensor:
@@ -138,7 +161,7 @@ class CachedFrames:
         tasks = dataset.tasks
         return {
             **{key: torch.from_numpy(images[held]).float() / 255 for key, images in self.images.items()},
-            OBS_STATE: torch.from_numpy(dataset.states[rows]),
+            OBS_STATE: torch.from_numpy(dataset.vectors(OBS_STATE)[rows]),
             ACTION: torch.from_numpy(dataset.actions[np.minimum(chunk, last[:, None])]),
             "action_is_pad": torch.from_numpy(chunk > last[:, None]),
             "index": torch.from_numpy(frames["index"].to_numpy()[rows]),
@@ -193,7 +216,7 @@ def frames_for(settings, dataset: Dataset, splits: tuple[str, ...], device: str)
     """Where the policy's batches come from, for the episodes of `splits`. settings: `params.policy`."""
     if not settings.cache_frames:
         return StreamedFrames(dataset, settings.chunk_size, settings.num_workers)
-    resolution = _make_config(settings, device).image_resolution
+    resolution = make_config(settings, device).image_resolution
     episodes = tuple(episode for split in splits for episode in dataset.split(split))
     return cache_frames(dataset, episodes, dataset.camera_keys, resolution, settings.chunk_size)
 
@@ -300,11 +323,10 @@ def provenance(arm: Arm, params, dataset: Dataset) -> dict[str, Any]:
     return {
         "fingerprint": fingerprint(dataset.root),
         "splits": [[episode.index, episode.split] for episode in dataset.episodes],
-        "state_key": dataset.state_key,
         "weights": None if arm.weights is None else digest(arm.weights.tobytes().hex(), params.rabc.epsilon),
         "seed": params.base.seed,
         "settings": params.policy.model_dump(),
-        "code": code_digest("policy", "small_pi0"),
+        "code": code_digest("policy"),
     }
 
 

@@ -133,13 +133,13 @@ def ensure_progress(
     heads = model.spec.heads if params.rabc.head_mode == "both" else (params.rabc.head_mode,)
     provenance = {
         "reward_model_path": reward_model_path,
-        "checkpoint": checkpoint_digest(params.paths.root / reward_model_path),
+        "checkpoint": checkpoint_digest(params.paths.resolve(reward_model_path)),
         "fingerprint": embeddings.fingerprint,
         "encoder_identity": embeddings.encoder_identity,
         "episodes": [episode.index for episode in dataset.episodes],
         "heads": list(heads),
         "stride": params.rabc.stride,
-        "code": code_digest("windows", "model", "stages", "progress"),
+        "code": code_digest("progress"),
     }
     if path.exists() and read_provenance(path) == provenance:
         return f"kept the progress of {dataset.num_frames:,} frames that this model gave before"

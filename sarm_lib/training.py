@@ -158,6 +158,8 @@ def new_sampler(
 ) -> Sampler:
     """Draws windows of the annotated training episodes, augmented as `params.sarm` sets it."""
     settings = params.sarm
+    if encoder.identity != embeddings.encoder_identity:
+        raise ValueError(f"the embeddings are of {embeddings.encoder}, not of {encoder.name}: run 00_prepare again")
     return Sampler(
         store=frame_store(dataset, embeddings, model),
         spec=model.spec,
@@ -172,14 +174,17 @@ def new_sampler(
 
 
 def validator(dataset: Dataset, labels: Labels, store: FrameStore) -> Callable[[Sarm], dict[str, float]]:
-    """Scores a model on the annotated val episodes, augmentation off: `val_mse` of φ, the mean over heads."""
-    rows = annotated_rows(dataset.split("val"), labels.annotated)
+    """Scores a model on the annotated val episodes, augmentation off: `val_mse` of φ, the mean over episodes and heads."""
+    episodes = [episode for episode in dataset.split("val") if episode.index in labels.annotated]
+    rows = annotated_rows(tuple(episodes), labels.annotated)
+    ends = np.cumsum([episode.length for episode in episodes])[:-1]
 
     def validate(sarm: Sarm) -> dict[str, float]:
         errors = []
         for head in sarm.spec.heads:
             target = progress(labels.stage[head][rows], labels.tau[head][rows], np.array(labels.proportions[head]))
-            errors.append(float(np.mean((score(sarm, store, rows, head).progress - target) ** 2)))
+            squared = (score(sarm, store, rows, head).progress - target) ** 2
+            errors += [float(episode.mean()) for episode in np.split(squared, ends)]
         return {"val_mse": float(np.mean(errors))}
 
     return validate
@@ -196,7 +201,7 @@ def provenance(params, dataset: Dataset, embeddings: Embeddings, labels: Labels)
         "state_key": dataset.state_key,
         "seed": params.base.seed,
         "settings": params.sarm.model_dump(),
-        "code": code_digest("windows", "model", "stages", "training", "progress"),
+        "code": code_digest("training"),
     }
 
 
@@ -206,6 +211,7 @@ def train(
     validate: Callable[[Sarm], dict[str, float]],
     settings,
     seed: int,
+    device: str,
     work: Path,
 ) -> list[dict[str, float]]:
     """Train `sarm` in place and leave it with the weights that validated best. Returns the learning curve.
@@ -213,7 +219,8 @@ def train(
     settings: `params.sarm`. work: a folder for unfinished work; a run that finds some there goes on from it.
     """
     # Heads that a mode does not train, and the stage model of a single stage, have no gradient.
-    accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    accelerator = Accelerator(cpu=device == "cpu", kwargs_handlers=[unused])
     model = SarmLoss(sarm)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(

@@ -73,6 +73,9 @@ def test_some_episodes_only(tiny):
     ("options", "expected"),
     [
         ({"image_keys": ["observation.images.font"]}, "it has observation.images.top, observation.images.side"),
+        ({"state_key": "observation.images.top"}, "its vectors are observation.state, action"),
+        ({"state_key": "sim.progress"}, "its vectors are observation.state, action"),
+        ({"val_fraction": 0.5, "test_fraction": 0.5}, "they leave none to train on"),
         ({"state_key": "observation.joints"}, "its vectors are observation.state, action"),
         ({"group_key": "mood"}, "no column 'mood'"),
     ],
@@ -81,6 +84,23 @@ def test_a_wrong_name_is_answered_with_those_that_exist(tiny, options, expected)
     with pytest.raises(DatasetError) as error:
         open_dataset(tiny, **options)
     assert expected in str(error.value)
+
+
+@pytest.mark.parametrize("splits", [{"train": "0:6", "val": "6:8"}, {"train": "0:6", "validation": "6:8"}])
+def test_own_splits_that_cannot_be_used_are_an_error_and_not_drawn_again(copy, splits):
+    info = json.loads((copy / "meta/info.json").read_text())
+    (copy / "meta/info.json").write_text(json.dumps({**info, "splits": splits}))
+    with pytest.raises(DatasetError, match="needed are train, val, test"):
+        open_dataset(copy)
+
+
+def test_a_frame_at_the_wrong_time_is_named(copy):
+    path = next(copy.glob("data/**/*.parquet"))
+    table = pd.read_parquet(path)
+    table.loc[LENGTHS[0] + 4, "timestamp"] += 0.3
+    table.to_parquet(path, index=False)
+    with pytest.raises(DatasetError, match="episode 1: frame 4 is not at the time"):
+        open_dataset(copy)
 
 
 def test_a_missing_dataset_and_an_old_one_are_answered_with_what_to_do(tmp_path, copy):

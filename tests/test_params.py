@@ -32,6 +32,7 @@ def test_the_repository_s_own_values_load_and_are_found_from_the_notebooks_folde
         ("rabc.head_mode", "dense", "single_stage has no dense head"),
         ("sarm.n_obs_steps", 7, "needs an even number"),
         ("sarm.max_rewind_steps", 8, "must be smaller than sarm.n_obs_steps"),
+        ("sarm.save_every", 150, "must be a multiple of sarm.eval_every"),
         ("nonsense.key", 1, "nonsense: unknown key"),
     ],
 )
@@ -60,11 +61,12 @@ def test_runs_with_other_values_write_to_scratch_and_read_what_is_there(tmp_path
     monkeypatch.chdir(tmp_path)
     usual, other = params.load().paths, params.load(overrides={"sarm.steps": 5}).paths
     assert usual.write("sarm") == tmp_path / "outputs/sarm"
-    assert other.write("sarm") == tmp_path / "outputs/scratch/sarm"
+    assert other.write("sarm").parent.parent == tmp_path / "outputs/scratch"
+    assert params.load(overrides={"sarm.steps": 6}).paths.write("sarm") != other.write("sarm")
     usual.write("sarm").mkdir()
     assert other.read("sarm", "03_train_sarm") == tmp_path / "outputs/sarm"
     other.write("sarm").mkdir()
-    assert other.read("sarm", "03_train_sarm") == tmp_path / "outputs/scratch/sarm"
+    assert other.read("sarm", "03_train_sarm") == other.write("sarm")
     with pytest.raises(FileNotFoundError, match="run the notebook 00_prepare first"):
         usual.read("embeddings", "00_prepare")
 

@@ -12,32 +12,11 @@ import pandas as pd
 import pytest
 import yaml
 
+from sarm_lib.artifacts import import_closure, imported_modules
 from sarm_lib.pipeline import SMOKE, code_of
 from tests.conftest import ROOT, chapters, make_project
 
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-
-
-def imported(text: str) -> set[str]:
-    """Modules of `sarm_lib` that a source text imports."""
-    found = set()
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.ImportFrom) and node.module == "sarm_lib":
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sarm_lib."):
-            found.add(node.module.split(".")[1])
-        elif isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("sarm_lib.")}
-    return found
-
-
-def closure(modules: set[str]) -> set[str]:
-    todo, seen = set(modules), set()
-    while todo:
-        module = todo.pop()
-        seen.add(module)
-        todo |= imported((ROOT / f"sarm_lib/{module}.py").read_text()) - seen
-    return seen
 
 
 @pytest.mark.parametrize("name", chapters())
@@ -45,7 +24,7 @@ def test_a_stage_depends_on_its_notebook_and_on_every_module_it_imports(name):
     declared = {
         d.removeprefix("sarm_lib/").removesuffix(".py") for d in STAGES[name]["deps"] if d.startswith("sarm_lib/")
     }
-    assert declared == closure(imported(code_of(ROOT / "notebooks" / f"{name}.ipynb")))
+    assert declared == import_closure(imported_modules(code_of(ROOT / "notebooks" / f"{name}.ipynb")))
     assert f"outputs/sources/{name}.py" in STAGES[name]["deps"]
 
 

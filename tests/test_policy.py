@@ -34,6 +34,43 @@ def test_both_policies_open_with_lerobot_s_from_pretrained_and_act(in_project, f
         assert action.shape == (2, 2) and action.isfinite().all()
 
 
+def test_a_pretrained_policy_takes_this_dataset_s_cameras_and_statistics(in_project, tmp_path):
+    """A checkpoint of another robot: other camera names, other statistics."""
+    config, dataset = in_project
+    made, before, after = policy.make(config.policy, dataset, "cpu")
+    shifted = {
+        k: {n: v + 1000 if n == "mean" else v for n, v in s.items()}
+        for k, s in policy.training_statistics(dataset).items()
+    }
+    features = {key.replace("top", "base_0"): value for key, value in made.config.input_features.items()}
+    made.config.input_features = features
+    made.save_pretrained(tmp_path)
+    before, after = make_pre_post_processors(made.config, dataset_stats=shifted, dataset_meta=dataset.lerobot_metadata)
+    before.save_pretrained(tmp_path)
+    after.save_pretrained(tmp_path)
+    settings = config.policy.model_copy(update={"pretrained_path": str(tmp_path)})
+    again, before, after = policy.make(settings, dataset, "cpu")
+    assert set(again.config.input_features) == {*dataset.camera_keys, "observation.state"}
+    for key, value in made.state_dict().items():
+        assert torch.equal(value, again.state_dict()[key]), key
+    state = torch.tensor(dataset.states[:1])
+    batch = {"observation.state": state, "action": torch.zeros(1, 4, 2), "task": ["x"]}
+    assert before(batch)["observation.state"].abs().max() < 10
+    assert after(torch.zeros(1, 2)).abs().max() < 10
+
+
+def test_statistics_are_of_the_training_episodes_and_of_what_the_policy_sees(in_project):
+    config, dataset = in_project
+    statistics = policy.training_statistics(dataset)
+    assert set(statistics) == {"observation.state", "action", *dataset.camera_keys}
+    rows = np.concatenate([np.arange(e.row, e.row + e.length) for e in dataset.split("train")])
+    np.testing.assert_allclose(statistics["action"]["mean"], dataset.actions[rows].mean(0))
+    from safetensors.numpy import load_file
+
+    folder = config.paths.read("policy/bc", "06") / "checkpoints/last/pretrained_model"
+    assert not [key for path in folder.glob("*.safetensors") for key in load_file(path) if key.startswith("sim.")]
+
+
 def test_a_checkpoint_that_does_not_fit_is_an_error(in_project, tmp_path):
     config, dataset = in_project
     made, *_ = policy.make(config.policy, dataset, "cpu")

@@ -14,7 +14,7 @@ def parts(in_project):
     embeddings = encoder.open_embeddings(config.paths.read("embeddings", "00"), dataset)
     labels = lerobot_io.read_labels(config.paths.read("dataset/meta", "02").parent, dataset, config.heads)
     model = training.new_reward_model(config, dataset, embeddings, labels)
-    clip = encoder.load(config.encoder)
+    clip = encoder.from_params(config, "cpu")
     sampler = training.new_sampler(config, dataset, embeddings, labels, model, clip)
     return config, dataset, embeddings, labels, model, sampler
 
@@ -76,7 +76,7 @@ def test_a_stopped_run_resumes_to_the_same_weights(parts, tmp_path):
 
     def run(work, validator):
         sarm = training.new_reward_model(config, dataset, embeddings, labels).sarm
-        curve = training.train(sarm, sampler, validator, config.sarm, 0, work)
+        curve = training.train(sarm, sampler, validator, config.sarm, 0, "cpu", work)
         return sarm.state_dict(), curve
 
     whole, curve = run(tmp_path / "whole", validate)
@@ -93,7 +93,9 @@ def test_training_learns(parts, tmp_path):
     config, dataset, embeddings, labels, _, sampler = parts
     settings = config.sarm.model_copy(update={"steps": 300, "eval_every": 100, "learning_rate": 3e-3, "dropout": 0.0})
     sarm = training.new_reward_model(config, dataset, embeddings, labels).sarm
-    curve = training.train(sarm, sampler, training.validator(dataset, labels, sampler.store), settings, 0, tmp_path)
+    curve = training.train(
+        sarm, sampler, training.validator(dataset, labels, sampler.store), settings, 0, "cpu", tmp_path
+    )
     assert curve[-1]["val_mse"] < 0.02 < curve[0]["val_mse"] or curve[-1]["val_mse"] < 0.01
 
 
