@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 SPLITS = ("train", "val", "test")
+TRUTH = "sim."  # prefix of columns with a simulator's truth: scored against, never learned or chosen from
 ANNOTATION_MARK = "subtask"  # columns that an annotated copy adds, and that its frames do not depend on
 
 
@@ -343,22 +344,38 @@ def pick_device(name: str) -> str:
 
 
 def fingerprint(root: Path) -> str:
-    """Names what the frames are: features, episode bounds and statistics, and the size of every data and video file.
+    """Names what the frames are: features, episode bounds and statistics, every number of the data files, and the size
+    of every video.
 
-    Reads no video, so it is fast for any size; annotations do not change it, so an annotated copy has its source's.
+    Reads no video, so it is fast for any size. Annotations do not change it, so an annotated copy has its source's; nor
+    does the truth of a simulator, from which nothing is made.
     """
     info = json.loads((root / "meta/info.json").read_text())
-    features = {k: (f["dtype"], list(f["shape"])) for k, f in info["features"].items()}
+    features = {k: (f["dtype"], list(f["shape"])) for k, f in info["features"].items() if not _is_truth(k)}
     digest = hashlib.sha256(json.dumps([info["fps"], info["total_frames"], features], sort_keys=True).encode())
     for path in sorted(root.glob("meta/episodes/**/*.parquet")):
         table = pq.read_table(path)
-        names = sorted(n for n in table.column_names if ANNOTATION_MARK not in n)
+        names = sorted(n for n in table.column_names if ANNOTATION_MARK not in n and not _is_truth(n))
         digest.update(json.dumps(table.select(names).to_pylist(), sort_keys=True, default=str).encode())
-    for folder in ("data", "videos", "images"):
+    cameras = set(_camera_keys(info))
+    for path in sorted(root.glob("data/**/*.parquet")):
+        names = [n for n in pq.read_schema(path).names if n in features and n not in cameras]
+        for name, column in zip(names, pq.read_table(path, columns=names).columns, strict=True):
+            values = column.combine_chunks()
+            while pa.types.is_list(values.type) or pa.types.is_fixed_size_list(values.type):
+                values = values.flatten()
+            numbers = values.to_numpy(zero_copy_only=False)
+            text = numbers.dtype == object
+            digest.update(name.encode() + (str(values.to_pylist()).encode() if text else numbers.tobytes()))
+    for folder in ("videos", "images"):
         for path in sorted((root / folder).rglob("*")):
             if path.is_file():
                 digest.update(f"{path.relative_to(root).as_posix()} {path.stat().st_size}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def _is_truth(column: str) -> bool:
+    return column.removeprefix("stats/").startswith(TRUTH)
 
 
 def is_local(dataset: str | Path) -> bool:

@@ -71,4 +71,4 @@ def test_nothing_of_the_library_knows_the_demo():
     for path in (ROOT / "sarm_lib").glob("*.py"):
         text = path.read_text()
         assert not re.search(r"^\s*(from|import) demo\b", text, re.M), path.name
-        assert "sim." not in re.sub(r"\bsim\.(scene|step)", "", text), path.name
+        assert text.count("sim.") == (path.name == "dataset.py"), path.name  # the prefix of truth columns, once

@@ -1,14 +1,12 @@
-"""The notebooks as pages and as tests: their form, and a run of each under nbval on the tiny case."""
+"""The notebooks as pages: their form, and what an override does. Their run under nbval is in `test_pipeline`."""
 
 import ast
 import statistics
-import subprocess
-import sys
 
 import nbformat
 import pytest
 
-from tests.conftest import ROOT, chapters, make_project
+from tests.conftest import ROOT, chapters, run_notebook
 
 
 def code_cells(name: str):
@@ -36,28 +34,8 @@ def test_the_parameters_cell_holds_the_file_and_the_overrides_only(name):
     assert [cell.source for cell in tagged] == ['params_file = "params.yaml"\noverrides = {}']
 
 
-def test_every_notebook_runs_under_nbval(tmp_path, tiny, tiny_encoder):
-    folder = make_project(tmp_path / "p", tiny, tiny_encoder)
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "--nbval-lax",
-        "--nbval-cell-timeout=300",
-    ]
-    run = subprocess.run([*command, "notebooks"], cwd=folder, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-6000:]
-    cells = sum(len(code_cells(name)) for name in chapters())
-    assert f"{cells} passed" in run.stdout
-
-
 def test_an_override_writes_to_scratch_and_leaves_the_outputs_alone(tmp_path, project):
     import shutil
-
-    from tests.conftest import run_notebook
 
     copy = shutil.copytree(project, tmp_path / "p", symlinks=True)
     before = (copy / "outputs/metrics/rabc.json").read_bytes()

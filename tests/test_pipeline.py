@@ -50,7 +50,28 @@ def test_smoke_sets_parameters_that_exist():
 
 
 @pytest.fixture(scope="module")
-def repository(tmp_path_factory, tiny, tiny_encoder) -> Path:
+def nbval(tmp_path_factory, tiny, tiny_encoder):
+    """Every notebook under nbval in a tiny project; it runs beside `dvc repro`, for both are mostly waiting for imports."""
+    folder = make_project(tmp_path_factory.mktemp("nbval") / "p", tiny, tiny_encoder)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--nbval-lax",
+        "--nbval-cell-timeout=600",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with (folder / "nbval.txt").open("w") as output:
+        process = subprocess.Popen([*command, "notebooks"], cwd=folder, stdout=output, stderr=output, env=environment)
+    yield process, folder / "nbval.txt"
+    process.kill()
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory, tiny, tiny_encoder, nbval) -> Path:
     """A tiny project under git and DVC in which `dvc repro` has run."""
     folder = make_project(tmp_path_factory.mktemp("dvc") / "p", tiny, tiny_encoder)
     shutil.copytree(ROOT / "sarm_lib", folder / "sarm_lib", ignore=shutil.ignore_patterns("__pycache__"))
@@ -74,6 +95,14 @@ def stages_that_ran(output: str) -> list[str]:
 
 def written(path: Path) -> int:
     return path.stat().st_mtime_ns
+
+
+def test_every_notebook_runs_under_nbval(repository, nbval):
+    process, output = nbval
+    assert process.wait(timeout=900) == 0, output.read_text()[-6000:]
+    notebooks = [nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4) for name in chapters()]
+    cells = sum(cell.cell_type == "code" for notebook in notebooks for cell in notebook.cells)
+    assert f"{cells} passed" in output.read_text()
 
 
 def test_every_output_of_the_design_is_there(repository):

@@ -1,6 +1,7 @@
 """The same seed gives the same bytes, and the simulator's truth is in nothing but the figures that show it."""
 
 import hashlib
+import json
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sarm_lib.dataset import fingerprint
 from tests.conftest import make_project, run_chapters
 
 
@@ -40,28 +40,39 @@ def test_running_a_notebook_again_changes_nothing_and_trains_nothing(project, tm
     assert digests(project) == digests(copy)
 
 
-def rewrite_truth(dataset: Path, permute: bool) -> None:
-    """Write the data files anew, uncompressed (so that their sizes stay), with `sim.*` permuted or as it was."""
+def permute_truth(dataset: Path) -> None:
+    """Permute every `sim.*` column of the frames and of the episodes, and scramble their statistics."""
     rng = np.random.default_rng(0)
-    for path in dataset.glob("data/**/*.parquet"):
+    for path in [*dataset.glob("data/**/*.parquet"), *dataset.glob("meta/episodes/**/*.parquet")]:
         table = pq.read_table(path)
         for i, name in enumerate(table.column_names):
-            if permute and name.startswith("sim."):
+            if name.removeprefix("stats/").startswith("sim."):
                 values = table[name].combine_chunks()
                 values = values.take(pa.array(rng.permutation(len(values))))
                 table = table.set_column(i, table.schema.field(name), values)
-        pq.write_table(table, path, compression="none", use_dictionary=False, write_statistics=False)
+        pq.write_table(table, path)
+    statistics = json.loads((dataset / "meta/stats.json").read_text())
+    for name in statistics:
+        if name.startswith("sim."):
+            statistics[name] = {key: [123.0] for key in statistics[name]}
+    (dataset / "meta/stats.json").write_text(json.dumps(statistics))
 
 
-def test_permuting_the_simulator_s_truth_changes_no_artifact(project, tmp_path):
+def test_permuting_the_simulator_s_truth_changes_no_artifact(tiny, tiny_encoder, tmp_path):
     found = []
     for permute in (False, True):
-        folder = make_project(tmp_path / str(permute), project / "data/tiny", project / "data/encoder")
-        rewrite_truth(folder / "data/tiny", permute)
-        run_chapters(folder)
-        found.append((fingerprint(folder / "data/tiny"), digests(folder, "metrics", "figures")))
+        source = shutil.copytree(tiny, tmp_path / f"source_{permute}")
+        for path in source.glob("meta/episodes/**/*.parquet"):
+            table = pq.read_table(path)
+            kinds = pa.array([("clean", "sloppy", "failing")[i % 3] for i in range(len(table))])
+            pq.write_table(table.append_column("sim.kind", kinds), path)
+        if permute:
+            permute_truth(source)
+        folder = make_project(tmp_path / str(permute), source, tiny_encoder, {"base.group_key": "sim.kind"})
+        found.append(digests(run_chapters(folder), "metrics", "figures", "dataset/meta"))
     truths = [
         pq.read_table(next((tmp_path / p).glob("data/tiny/data/**/*.parquet")))["sim.progress"]
         for p in ("False", "True")
     ]
-    assert truths[0] != truths[1] and found[0] == found[1]
+    assert truths[0] != truths[1] and len(found[0]) > 30
+    assert [name for name in found[0] if found[0][name] != found[1][name]] == []
