@@ -41,21 +41,30 @@ demo: env
 	@echo "Recorded. To keep it: dvc add data && dvc push"
 
 lock:
-	@test -x $(BIN)/uv || $(MAKE) env
+	@test -x "$(BIN)/uv" || $(MAKE) env
 	uv pip compile pyproject.toml --extra sim --extra dev --universal --python-version 3.12 \
 	  --generate-hashes --no-emit-index-url --upgrade --quiet -o requirements.lock
 
-data: env
-	@test -e data/demo/assembly/meta/info.json || dvc pull -q data.dvc
+# Pulled again when data.dvc has changed, when a pull was interrupted and when the data is gone.
+PULLED := data/.pulled
+ifeq ($(wildcard data/demo/assembly/meta/info.json),)
+.PHONY: $(PULLED)
+endif
+
+data: $(PULLED)
+
+$(PULLED): data.dvc | env
+	dvc pull -q data.dvc
+	@touch $@
 
 env: $(VENV)/.installed
 
 $(VENV)/.installed: requirements.lock pyproject.toml .ci/find-python
 	python312=$$(bash .ci/find-python) && "$$python312" -m venv --clear $(VENV)
 	sed -n '/^uv==/,/[^\\]$$/p' requirements.lock > $(VENV)/uv.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r $(VENV)/uv.txt
-	$(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes requirements.lock
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r $(VENV)/uv.txt
+	"$(BIN)/uv" pip sync --quiet --python "$(BIN)/python" --require-hashes requirements.lock
+	"$(BIN)/uv" pip install --quiet --python "$(BIN)/python" --no-deps --no-build-isolation --editable .
 	@touch $@
 
 clean:

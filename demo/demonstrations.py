@@ -7,15 +7,19 @@ productive   progress is being made
 injected     the imperfection acts
 recovering   back to the progress that the imperfection cost
 dead         after a failed episode's best progress
+
+`injected` says when an imperfection acts, not that progress stops: the hand coasts into a pause, and in a sloppy stretch
+the expert's intention comes through. From the first to the last injected frame, 15 of the 17 hesitating episodes and 6 of
+the 16 sloppy ones gain more than 0.02 of true progress, at most 0.11 and 0.20; the failing ones gain at most 0.12 before
+they are dead, and all other kinds lose.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
-from metaworld.policies.sawyer_assembly_v3_policy import SawyerAssemblyV3Policy
 
-from demo.simulator import FPS, GRASP_OFFSET, PEG_OFFSET, AssemblySimulator, Scene
+from demo.simulator import FPS, GRASP_OFFSET, PEG_OFFSET, AssemblySimulator, Scene, new_expert
 
 QUALITIES = ("productive", "injected", "recovering", "dead")
 KINDS = ("clean", "hesitate", "wander", "overshoot", "missed_grasp", "drop_regrasp", "sloppy", "failing")
@@ -128,7 +132,7 @@ class Imperfection:
 
     def _sloppy(self, sim: AssemblySimulator) -> Actions:
         """Shakes about the place where it is; the expert's intention comes through weakly."""
-        expert = SawyerAssemblyV3Policy()
+        expert = new_expert()
         shake = np.zeros(3)
         for _ in range(self.frames):
             shake = 0.8 * shake + self.rng.normal(0, 0.33, 3)
@@ -160,7 +164,7 @@ class Demonstrator:
     finds out: nothing disturbs it there)."""
 
     def __init__(self, rng: np.random.Generator) -> None:
-        self.expert, self.rng, self.reopening = SawyerAssemblyV3Policy(), rng, False
+        self.expert, self.rng, self.reopening = new_expert(), rng, False
 
     def act(self, observation: np.ndarray, scene: Scene) -> np.ndarray:
         self.reopening = scene.empty or (self.reopening and scene.opening < 0.95)

@@ -9,6 +9,7 @@ is to a user's data: both load through `sarm_lib.encoder.load`.
 
 import argparse
 import logging
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 
 from demo.captions import TASKS, caption
 from demo.demonstrations import KINDS, demonstrate
-from demo.simulator import IMAGE_SIZE, AssemblySimulator
+from demo.simulator import IMAGE_SIZE, AssemblySimulator, RenderingError
 
 FIRST_SEED = 9000
 EPISODES = 64
@@ -183,4 +184,7 @@ if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    main(parser.parse_args().folder)
+    try:
+        main(parser.parse_args().folder)
+    except RenderingError as error:
+        sys.exit(str(error))

@@ -9,6 +9,7 @@ import argparse
 import csv
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from tqdm.auto import tqdm
 
 from demo.demonstrations import KINDS, Demonstration, demonstrate, label_quality
-from demo.simulator import FPS, IMAGE_SIZE, TASK, AssemblySimulator
+from demo.simulator import FPS, IMAGE_SIZE, TASK, AssemblySimulator, RenderingError
 from demo.truth import Truth, fit_truth
 
 # Episodes of each kind in each split, in the order of KINDS.
@@ -139,4 +140,7 @@ def add_episode_columns(root: Path, rows: list[dict]) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", type=Path)
-    record(parser.parse_args().root)
+    try:
+        record(parser.parse_args().root)
+    except RenderingError as error:
+        sys.exit(str(error))

@@ -4,7 +4,9 @@ The truth (stage, progress, success) is read from the simulator's own state: the
 It is recorded in `sim.*` columns for scoring only; nothing in `sarm_lib` may learn from it.
 """
 
+import ctypes.util
 import os
+import sys
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -95,10 +97,11 @@ class AssemblySimulator:
     """Meta-World's `assembly-v3` with a 40 Hz control loop and the demo's two cameras.
 
     `reset(seed)` places the peg; `observe()` reads the robot's own state, `scene()` the simulator's truth,
-    `render()` both cameras. Same seed and actions give the same states on the same machine.
+    `render()` both cameras (raises RenderingError where there is no OpenGL). Same seed and actions give the same states on the same machine.
     """
 
     def __init__(self) -> None:
+        choose_gl()
         from metaworld.env_dict import ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE
 
         self.env = ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE["assembly-v3-goal-observable"](seed=0)
@@ -161,19 +164,51 @@ class AssemblySimulator:
         return (pixels.mean(axis=(1, 3)) + 0.5).astype(np.uint8)  # 2x2 averages: cheap antialiasing
 
 
+class RenderingError(RuntimeError):
+    """The simulator cannot render here; the message says what to install."""
+
+
+GL_LIBRARIES = {"egl": "EGL", "osmesa": "OSMesa"}
+NO_GL = (
+    "Rendering the simulator needs OpenGL, and MUJOCO_GL={} does not work here ({}). On Debian or Ubuntu: apt-get install "
+    "libegl1 libgl1-mesa-dri libgles2. Software rendering works too: MUJOCO_GL=osmesa with libosmesa6."
+)
+
+
+def choose_gl() -> None:
+    """Choose MuJoCo's OpenGL backend before MuJoCo is first imported, which without its library raises.
+
+    MUJOCO_GL is kept where it is set. Else Linux gets EGL or OSMesa, whichever is installed, and where neither is, none:
+    then everything but rendering works. Raises RenderingError where MUJOCO_GL names a library that is not there.
+    """
+    asked = os.environ.get("MUJOCO_GL", "").lower()
+    if asked in GL_LIBRARIES and not _is_installed(asked):
+        raise RenderingError(NO_GL.format(asked, f"lib{GL_LIBRARIES[asked]} is not installed"))
+    if not asked and sys.platform == "linux":
+        os.environ["MUJOCO_GL"] = next(filter(_is_installed, GL_LIBRARIES), "disabled")
+
+
+def new_expert():
+    """The benchmark's own expert: `get_action` takes `expert_observation`."""
+    choose_gl()
+    from metaworld.policies.sawyer_assembly_v3_policy import SawyerAssemblyV3Policy
+
+    return SawyerAssemblyV3Policy()
+
+
+def _is_installed(backend: str) -> bool:
+    return ctypes.util.find_library(GL_LIBRARIES[backend]) is not None
+
+
 def _make_renderer(model):
     """A MuJoCo renderer at twice the image size, without shadows and reflections (six times faster)."""
-    try:
-        import mujoco
+    import mujoco
 
-        model.vis.quality.offsamples = 0
+    model.vis.quality.offsamples = 0
+    try:
         renderer = mujoco.Renderer(model, 2 * IMAGE_SIZE, 2 * IMAGE_SIZE)
     except Exception as error:  # MuJoCo raises whatever its GL backend raises
-        raise RuntimeError(
-            f"Rendering the simulator needs OpenGL, and MUJOCO_GL={os.environ['MUJOCO_GL']} does not work here ({error}). "
-            "On Debian or Ubuntu: apt-get install libegl1 libgl1-mesa-dri libgles2. "
-            "Software rendering works too: MUJOCO_GL=osmesa with libosmesa6."
-        ) from error
+        raise RenderingError(NO_GL.format(os.environ.get("MUJOCO_GL"), f"{type(error).__name__}: {error}")) from error
     renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
     renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
     return renderer

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 PACKAGE = Path(__file__).parent
-PROVENANCE = "provenance.json"
+PROVENANCE = "provenance.json"  # beside the files of a folder
+PARQUET_KEY = b"sarm_lib"  # within a Parquet file
 
 
 def digest(*parts: Any) -> str:
@@ -26,30 +27,38 @@ def digest(*parts: Any) -> str:
 def code_digest(module: str) -> str:
     """Names the code of a module of `sarm_lib` and of all that it imports from there: an artifact is also made by the
     program that made it."""
-    return digest(*((name, (PACKAGE / f"{name}.py").read_text()) for name in sorted(import_closure({module}))))
+    return digest(*((name, module_path(name).read_text()) for name in sorted(import_closure({module}))))
 
 
 def import_closure(modules: set[str]) -> set[str]:
-    """These modules of `sarm_lib` and every one that they import, directly or not."""
+    """These modules of `sarm_lib` and every one that they import, directly or not, also within a function."""
     todo, seen = set(modules), set()
     while todo:
         module = todo.pop()
         seen.add(module)
-        todo |= imported_modules((PACKAGE / f"{module}.py").read_text()) - seen
+        todo |= imported_modules(module_path(module).read_text()) - seen
     return seen
 
 
 def imported_modules(source: str) -> set[str]:
-    """Modules of `sarm_lib` that a source text imports."""
-    found = set()
+    """Modules of `sarm_lib` that a source text imports; `annotators.vlm` brings its package `annotators` along."""
+    names = set()
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom) and node.module == "sarm_lib":
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sarm_lib."):
-            found.add(node.module.split(".")[1])
+        if isinstance(node, ast.ImportFrom):
+            assert not node.level, "imports of sarm_lib are absolute: a relative one would not be seen here"
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
         elif isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("sarm_lib.")}
-    return found
+            names |= {alias.name for alias in node.names}
+    ours = [name.split(".")[1:] for name in names if name.startswith("sarm_lib.")]
+    modules = {".".join(parts[:depth]) for parts in ours for depth in range(1, len(parts) + 1)}
+    return {module for module in modules if module_path(module).exists()}  # the others are names within a module
+
+
+def module_path(module: str) -> Path:
+    """The file of a module of `sarm_lib`, which for a package is its `__init__.py`."""
+    path = PACKAGE.joinpath(*module.split("."))
+    package = path / "__init__.py"
+    return package if package.exists() else path.with_name(f"{path.name}.py")
 
 
 def file_digest(path: Path) -> str:
@@ -88,6 +97,14 @@ def is_current(folder: Path, made_from: dict[str, Any]) -> bool:
     """Whether the artifact in `folder` was made from exactly these inputs."""
     path = folder / PROVENANCE
     return path.exists() and read_json(path) == json.loads(json.dumps(made_from))
+
+
+def read_provenance(path: Path) -> dict[str, Any] | None:
+    """What made a Parquet file of ours, or None for a file that does not say (LeRobot's own)."""
+    import pyarrow.parquet as pq  # only stages that read such a file need it
+
+    metadata = pq.read_schema(path).metadata or {}
+    return json.loads(metadata[PARQUET_KEY]) if PARQUET_KEY in metadata else None
 
 
 def remove(path: Path) -> None:

@@ -20,6 +20,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
+from sarm_lib.artifacts import digest
+
 SPLITS = ("train", "val", "test")
 TRUTH = "sim."  # prefix of columns with a simulator's truth: scored against, never learned or chosen from
 ANNOTATION_MARK = "subtask"  # columns that an annotated copy adds, and that its frames do not depend on
@@ -105,20 +107,16 @@ class Dataset:
         """Actions, (N, A) float32, all finite."""
         return self.vectors("action")
 
-    def episode_column(self, name: str) -> list:
-        """A column of the episode metadata, one value an episode."""
-        if name not in self.table:
-            raise DatasetError(f"the episodes of {self.root.name} have no column {name!r}")
-        return [self.table[name].iloc[episode.index] for episode in self.episodes]
-
     def iterate_frames(
         self, image_key: str, episodes: tuple[Episode, ...] | None = None
     ) -> Iterator[tuple[Episode, np.ndarray]]:
         """Every frame of a camera (of all episodes, or of some), decoded in order: (episode, (H, W, 3) uint8)."""
-        stored = self.features[image_key]["dtype"] == "image"
-        decode = self._read_images if stored else self._decode
-        for episode in self.episodes if episodes is None else episodes:
-            for image in decode(episode, image_key):
+        episodes = self.episodes if episodes is None else episodes
+        if self.features[image_key]["dtype"] == "image":
+            yield from self._read_images(episodes, image_key)
+            return
+        for episode in episodes:
+            for image in self._decode(episode, image_key):
                 yield episode, image
 
     def read_frames(self, episode: Episode, image_key: str, frame_indices: list[int]) -> np.ndarray:
@@ -201,16 +199,38 @@ class Dataset:
             f"episode {episode.index}, {image_key}: {path.name} ends after {expected} of {episode.length} frames; {remedy}"
         )
 
-    def _read_images(self, episode: Episode, image_key: str) -> Iterator[np.ndarray]:
-        """An episode's frames from a dataset that stores images instead of videos."""
-        row = self.table.iloc[episode.index]
-        path = self.root / self.info["data_path"].format(
-            chunk_index=row["data/chunk_index"], file_index=row["data/file_index"]
-        )
-        table = pq.read_table(path, columns=[image_key], filters=[("episode_index", "=", episode.index)])
-        for cell in table[image_key].to_pylist():
-            source = io.BytesIO(cell["bytes"]) if cell["bytes"] else self.root / cell["path"]
-            yield np.array(Image.open(source).convert("RGB"))
+    def _read_images(self, episodes: tuple[Episode, ...], image_key: str) -> Iterator[tuple[Episode, np.ndarray]]:
+        """Frames of a dataset that stores images instead of videos. A data file is read once, a few rows at a time, for
+        all episodes that follow each other in it."""
+        for path, members in self._runs(episodes):
+            wanted = {episode.index: episode for episode in members}
+            with pq.ParquetFile(path) as file:
+                groups = [i for i in range(file.num_row_groups) if wanted.keys() & _episodes_of_group(file, i)]
+                for batch in file.iter_batches(32, row_groups=groups, columns=["episode_index", image_key]):
+                    indices = batch["episode_index"].to_pylist()
+                    for row in (row for row, index in enumerate(indices) if index in wanted):
+                        cell = batch[image_key][row].as_py()
+                        source = io.BytesIO(cell["bytes"]) if cell["bytes"] else self.root / cell["path"]
+                        yield wanted[indices[row]], np.array(Image.open(source).convert("RGB"))
+
+    def _runs(self, episodes: tuple[Episode, ...]) -> Iterator[tuple[Path, list[Episode]]]:
+        """Stretches of `episodes` that follow each other in one data file, with its path."""
+        run, path = [], None
+        for episode in episodes:
+            row = self.table.iloc[episode.index]
+            file = self.root / self.info["data_path"].format(
+                chunk_index=row["data/chunk_index"], file_index=row["data/file_index"]
+            )
+            if run and (file != path or episode.index < run[-1].index):
+                yield path, run
+                run = []
+            run, path = [*run, episode], file
+        if run:
+            yield path, run
+
+
+def _episodes_of_group(file: pq.ParquetFile, group: int) -> set[int]:
+    return set(file.read_row_group(group, columns=["episode_index"])["episode_index"].to_pylist())
 
 
 def open_dataset(
@@ -320,6 +340,17 @@ def episode_table(dataset: Dataset) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["episode", "split", "group", "frames", "seconds"])
 
 
+def split_summary(dataset: Dataset) -> dict[str, int | str]:
+    """How many episodes each split has, and a digest of which they are."""
+    sizes = {name: len(dataset.split(name)) for name in SPLITS}
+    return {**sizes, "digest": digest([[episode.index, episode.split] for episode in dataset.episodes])}
+
+
+def rows_of(episodes: tuple[Episode, ...]) -> np.ndarray:
+    """Rows of all frames of `episodes`."""
+    return np.concatenate([np.arange(e.row, e.row + e.length) for e in episodes])
+
+
 def vector_names(dataset: Dataset, key: str) -> list[str]:
     """Names of a vector's components, numbered where the dataset does not name them."""
     names = dataset.features[key].get("names")
@@ -352,11 +383,11 @@ def fingerprint(root: Path) -> str:
     """
     info = json.loads((root / "meta/info.json").read_text())
     features = {k: (f["dtype"], list(f["shape"])) for k, f in info["features"].items() if not _is_truth(k)}
-    digest = hashlib.sha256(json.dumps([info["fps"], info["total_frames"], features], sort_keys=True).encode())
+    found = hashlib.sha256(json.dumps([info["fps"], info["total_frames"], features], sort_keys=True).encode())
     for path in sorted(root.glob("meta/episodes/**/*.parquet")):
         table = pq.read_table(path)
         names = sorted(n for n in table.column_names if ANNOTATION_MARK not in n and not _is_truth(n))
-        digest.update(json.dumps(table.select(names).to_pylist(), sort_keys=True, default=str).encode())
+        found.update(json.dumps(table.select(names).to_pylist(), sort_keys=True, default=str).encode())
     cameras = set(_camera_keys(info))
     for path in sorted(root.glob("data/**/*.parquet")):
         names = [n for n in pq.read_schema(path).names if n in features and n not in cameras]
@@ -366,12 +397,12 @@ def fingerprint(root: Path) -> str:
                 values = values.flatten()
             numbers = values.to_numpy(zero_copy_only=False)
             text = numbers.dtype == object
-            digest.update(name.encode() + (str(values.to_pylist()).encode() if text else numbers.tobytes()))
+            found.update(name.encode() + (str(values.to_pylist()).encode() if text else numbers.tobytes()))
     for folder in ("videos", "images"):
         for path in sorted((root / folder).rglob("*")):
             if path.is_file():
-                digest.update(f"{path.relative_to(root).as_posix()} {path.stat().st_size}\n".encode())
-    return digest.hexdigest()[:16]
+                found.update(f"{path.relative_to(root).as_posix()} {path.stat().st_size}\n".encode())
+    return found.hexdigest()[:16]
 
 
 def _is_truth(column: str) -> bool:
@@ -389,7 +420,7 @@ def _locate(dataset: str | Path, revision: str | None) -> Path:
     if Path(dataset).is_absolute() or len(Path(dataset).parts) != 2:
         raise DatasetError(
             f"base.dataset: {dataset} is neither a LeRobot v3 folder (with meta/info.json) nor a Hub id (user/name). "
-            "The demo's data is fetched with `make data`."
+            "If DVC tracks it, `dvc pull` fetches it."
         )
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
@@ -472,11 +503,12 @@ def _splits(info: dict, count: int, val: float, test: float, seed: int) -> list[
 
 
 def _keep(splits: list[str], limit: int | None) -> list[int]:
-    """Indices of the episodes to use: all, or the first ones of each split in proportion (at least one of each)."""
+    """Indices of the episodes to use: all, or the first `limit` ones of the splits in proportion, at least one of each."""
     if limit is None or limit >= len(splits):
         return list(range(len(splits)))
-    kept = []
-    for split in SPLITS:
-        members = [i for i, name in enumerate(splits) if name == split]
-        kept += members[: max(1, round(limit * len(members) / len(splits)))]
-    return sorted(kept)
+    members = {name: [i for i, split in enumerate(splits) if split == name] for name in dict.fromkeys(splits)}
+    count = dict.fromkeys(members, 1)
+    while sum(count.values()) < limit:  # the next one goes to the split that is furthest below its share
+        lacks = {name: limit * len(members[name]) / len(splits) - count[name] for name in count}
+        count[max(lacks, key=lacks.get)] += 1
+    return sorted(i for name, number in count.items() for i in members[name][:number])

@@ -5,7 +5,7 @@ embedding, the robot's state; the progress transformer a fourth, the one-hot sta
 frame is the only positional encoding. Attention is causal over the flat order; a fusion over all streams of a position
 gives stage logits and, by a sigmoid, τ.
 
-Parameters have LeRobot's names and shapes, so a checkpoint of one camera and 512-wide features is LeRobot's (`lerobot_io`).
+Parameters have LeRobot's names and shapes, so a checkpoint of one camera and 512-wide features is LeRobot's (`checkpoint`).
 """
 
 from dataclasses import dataclass

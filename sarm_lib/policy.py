@@ -5,9 +5,16 @@
 Policies, processors and checkpoints are LeRobot's, made by its factory; the loop is ours, because LeRobot's counts padded
 actions in a sample's loss and cannot run two arms on the same draws. Both arms see the same frames and the same noise in
 the same order: they differ in the weights alone.
+
+A trained arm is a folder in LeRobot's layout, `checkpoints/last/{pretrained_model,training_state}`. `last` is itself the
+checkpoint and no link to `checkpoints/<step>`, because DVC turns links into copies. LeRobot goes on from it with
+`lerobot-train --resume=true --config_path=.../checkpoints/last/pretrained_model/train_config.json --steps=...
+--dataset.root=...`, on all frames and without weights unless `--sample_weighting` says otherwise.
 """
 
 import contextlib
+import dataclasses
+import inspect
 import io
 import logging
 from collections.abc import Iterable, Iterator
@@ -18,32 +25,40 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from huggingface_hub import hf_hub_download
 from lerobot.common.train_utils import load_training_state, save_checkpoint
-from lerobot.configs import PreTrainedConfig
+from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
 from lerobot.configs.default import DatasetConfig
 from lerobot.configs.train import TrainPipelineConfig
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from lerobot.optim import CosineDecayWithWarmupSchedulerConfig
 from lerobot.policies import get_policy_class, make_policy, make_pre_post_processors
 from lerobot.policies.common.vla_utils import resize_with_pad_torch
 from lerobot.policies.factory import make_policy_config
 from lerobot.policies.pi0.modeling_pi0 import PI0Policy
 from lerobot.policies.pretrained import PreTrainedPolicy
+from lerobot.processor import RenameObservationsProcessorStep
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
+from lerobot.utils.feature_utils import dataset_to_policy_features
+from lerobot.utils.random_utils import set_seed
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import sarm_lib.small_pi0  # noqa: F401  (registers the policy type)
 from sarm_lib.artifacts import PROVENANCE, code_digest, digest, is_current, read_json, remove, staged, write_json
-from sarm_lib.dataset import Dataset, Episode, fingerprint
-from sarm_lib.rabc import rows_of
-from sarm_lib.training import learning_rate
+from sarm_lib.dataset import Dataset, Episode, fingerprint, rows_of
+from sarm_lib.schedule import learning_rate
 
 log = logging.getLogger(__name__)
 
-CHECKPOINT = Path("checkpoints/last")  # LeRobot's layout: checkpoints/last/pretrained_model
+CHECKPOINT = Path("checkpoints/last")
+WEIGHTS = "model.safetensors"
 CURVE = "curve.json"
+OTHER_STATE = "observation.other_state"
 VALIDATION_FRAMES, VALIDATION_BATCH = 256, 64
+SPOT_CHECKS = 16
 
 
 # --- the policy -----------------------------------------------------------------------------------------------------
@@ -53,11 +68,15 @@ def make(settings, dataset: Dataset, device: str) -> tuple[PreTrainedPolicy, Any
     """A policy with its pre- and postprocessor, as LeRobot's factory makes them. settings: `params.policy`.
 
     A pretrained policy is told this dataset's cameras, and normalises with this dataset's statistics.
+    Raises ValueError where its weights are not those of the checkpoint.
     """
     config, statistics = make_config(settings, device), training_statistics(dataset)
+    config.input_features = input_features(dataset)
     policy = make_policy(config, ds_meta=dataset.lerobot_metadata)
     overrides = {}
     if settings.pretrained_path:
+        if not config.use_peft:
+            check_weights(policy, settings.pretrained_path)
         normalizer = {"stats": statistics, "norm_map": config.normalization_mapping}
         features = {**config.input_features, **config.output_features}
         overrides = {
@@ -67,18 +86,37 @@ def make(settings, dataset: Dataset, device: str) -> tuple[PreTrainedPolicy, Any
             },
             "postprocessor_overrides": {"unnormalizer_processor": {**normalizer, "features": config.output_features}},
         }
-    processors = make_pre_post_processors(
+    preprocessor, postprocessor = make_pre_post_processors(
         config,
         pretrained_path=settings.pretrained_path,
         dataset_stats=statistics,
         dataset_meta=dataset.lerobot_metadata,
         **overrides,
     )
-    return policy, *processors
+    for step in preprocessor.steps:
+        if isinstance(step, RenameObservationsProcessorStep):
+            step.rename_map = rename_map(dataset)
+    return policy, preprocessor, postprocessor
 
 
 def make_config(settings, device: str) -> PreTrainedConfig:
-    """The policy's configuration: its type's defaults with the fields that `params.policy` sets."""
+    """The policy's configuration: its type's defaults with the fields that `params.policy` sets.
+
+    Raises ValueError, with the key, for a type, a field or a size that cannot be trained here.
+    """
+    types = PreTrainedConfig.get_known_choices()
+    if settings.type not in types:
+        raise ValueError(f"policy.type: LeRobot has no {settings.type!r}; it has {', '.join(sorted(types))}")
+    if "reduction" not in inspect.signature(get_policy_class(settings.type).forward).parameters:
+        raise ValueError(f"policy.type: {settings.type} gives no loss of a single sample to weight; pi0 does")
+    if settings.n_action_steps > settings.chunk_size:
+        raise ValueError(
+            f"policy.n_action_steps: {settings.n_action_steps} of a chunk of {settings.chunk_size} (policy.chunk_size) actions"
+        )
+    fields = {field.name for field in dataclasses.fields(types[settings.type]) if field.init}
+    for name in settings.config:
+        if name not in fields:
+            raise ValueError(f"policy.config: {settings.type} has no {name!r}; it has {', '.join(sorted(fields))}")
     return make_policy_config(
         settings.type,
         device=device,
@@ -90,11 +128,61 @@ def make_config(settings, device: str) -> PreTrainedConfig:
     )
 
 
+def input_features(dataset: Dataset) -> dict[str, PolicyFeature]:
+    """What a policy sees: every camera, and `base.state_key` under LeRobot's name of the state."""
+    features = dataset_to_policy_features(dataset.lerobot_metadata.features)
+    state = PolicyFeature(type=FeatureType.STATE, shape=features[dataset.state_key].shape)
+    return {**{key: features[key] for key in dataset.camera_keys}, OBS_STATE: state}
+
+
+def rename_map(dataset: Dataset) -> dict[str, str]:
+    """How the preprocessor, which a checkpoint carries along, names the dataset's state; another state steps aside."""
+    if dataset.state_key == OBS_STATE:
+        return {}
+    return {dataset.state_key: OBS_STATE, OBS_STATE: OTHER_STATE}
+
+
+def check_weights(policy: PreTrainedPolicy, checkpoint: str | Path) -> None:
+    """Raise ValueError unless the tensors of `policy` are those of `checkpoint` (a folder or a Hub id).
+
+    π0's own loading goes on after any error, with random weights or with some of them, and only prints that it does.
+    """
+    try:
+        path = Path(checkpoint) / WEIGHTS
+        if not path.exists():
+            path = Path(hf_hub_download(str(checkpoint), WEIGHTS, revision=policy.config.pretrained_revision))
+        with safe_open(path, "pt") as stored:
+            _compare(policy, stored)
+    except Exception as error:  # huggingface_hub and safetensors raise a dozen kinds
+        raise ValueError(f"the policy's checkpoint {checkpoint} cannot be used: {error}") from error
+
+
+def _compare(policy: PreTrainedPolicy, stored) -> None:
+    """Every tensor of either has its like in the other, and some of them, spread over the network, are equal."""
+    own, keys = policy.state_dict(), sorted(stored.keys())
+    named = {key: torch.tensor(i) for i, key in enumerate(keys)}
+    if rename := getattr(policy, "_fix_pytorch_state_dict_keys", None):  # OpenPI's names of π0
+        named = rename(named, policy.config)
+    named = {name if name in own else f"model.{name}": keys[i] for name, i in named.items()}
+    held = {own[name].data_ptr() for name in named if name in own}  # a file holds tied weights once
+    missing = [name for name, tensor in own.items() if tensor.data_ptr() not in held]
+    unexpected = [name for name in named if name not in own]
+    if missing or unexpected:
+        raise ValueError(
+            f"of {len(own)} tensors of the policy it lacks {len(missing)} ({', '.join(missing[:3])}), and it holds "
+            f"{len(unexpected)} others ({', '.join(unexpected[:3])}): are policy.type and policy.config those it was trained with?"
+        )
+    for name in list(named)[:: max(1, len(named) // SPOT_CHECKS)]:
+        value = stored.get_tensor(named[name])
+        if value.shape != own[name].shape or not torch.equal(value.to(own[name].dtype), own[name].cpu()):
+            raise ValueError(f"{name} was not loaded: its shape in the file is {tuple(value.shape)}")
+
+
 def training_statistics(dataset: Dataset) -> dict[str, dict[str, np.ndarray]]:
     """Statistics of state and action over the training episodes, and LeRobot's of the cameras; of nothing else."""
     rows, statistics = rows_of(dataset.split("train")), {}
-    for key in (OBS_STATE, ACTION):
-        values = dataset.vectors(key)[rows]
+    for key, vectors in ((OBS_STATE, dataset.states), (ACTION, dataset.actions)):
+        values = vectors[rows]
         quantiles = {f"q{q:02d}": np.quantile(values, q / 100, axis=0) for q in (1, 10, 50, 90, 99)}
         ends = {"min": values.min(0), "max": values.max(0), "count": np.array([len(values)])}
         statistics[key] = {"mean": values.mean(0), "std": values.std(0), **ends, **quantiles}
@@ -161,7 +249,7 @@ class CachedFrames:
         tasks = dataset.tasks
         return {
             **{key: torch.from_numpy(images[held]).float() / 255 for key, images in self.images.items()},
-            OBS_STATE: torch.from_numpy(dataset.vectors(OBS_STATE)[rows]),
+            dataset.state_key: torch.from_numpy(dataset.states[rows]),
             ACTION: torch.from_numpy(dataset.actions[np.minimum(chunk, last[:, None])]),
             "action_is_pad": torch.from_numpy(chunk > last[:, None]),
             "index": torch.from_numpy(frames["index"].to_numpy()[rows]),
@@ -306,12 +394,9 @@ def train_arm(
                 save_checkpoint(partial, step, config, policy, optimizer, scheduler, preprocessor, postprocessor)
                 write_json(partial / CURVE, curve)
     bar.close()
+    set_seed(seed)  # the state of Python's generators is saved too, and is another one in every process
     with staged(folder) as partial:
-        target = partial / CHECKPOINT / "pretrained_model"
-        policy.save_pretrained(target)
-        config.save_pretrained(target)
-        preprocessor.save_pretrained(target)
-        postprocessor.save_pretrained(target)
+        save_checkpoint(partial / CHECKPOINT, step, config, policy, optimizer, scheduler, preprocessor, postprocessor)
         write_json(partial / CURVE, curve)
         write_json(partial / PROVENANCE, made_from)
     remove(work)
@@ -361,6 +446,8 @@ def load(folder: Path, device: str) -> tuple[PreTrainedPolicy, Any, Any]:
     config.pretrained_path, config.device = path, device
     with contextlib.redirect_stdout(io.StringIO()):  # LeRobot prints that it loads
         policy = get_policy_class(config.type).from_pretrained(path, config=config).to(device).eval()
+    if not config.use_peft:
+        check_weights(policy, path)
     overrides = {"device_processor": {"device": device}}
     return policy, *make_pre_post_processors(config, pretrained_path=str(path), preprocessor_overrides=overrides)
 
@@ -369,7 +456,7 @@ def _resume(work: Path, policy, optimizer, scheduler) -> tuple[int, list[dict[st
     checkpoint = work / CHECKPOINT
     if not checkpoint.exists():
         return 0, []
-    weights = load_file(checkpoint / "pretrained_model/model.safetensors")
+    weights = load_file(checkpoint / "pretrained_model" / WEIGHTS)
     policy.load_state_dict(weights, strict=False)  # tied weights are stored once
     step, _, _ = load_training_state(checkpoint, optimizer, scheduler)
     log.info("resuming at step %d", step)
@@ -377,7 +464,8 @@ def _resume(work: Path, policy, optimizer, scheduler) -> tuple[int, list[dict[st
 
 
 def _train_config(settings, dataset: Dataset, policy, arm: Arm, seed: int) -> TrainPipelineConfig:
-    """What LeRobot writes beside a policy: how it was trained."""
+    """What LeRobot writes beside a policy: how it was trained, and how to go on."""
+    peak = settings.learning_rate
     return TrainPipelineConfig(
         dataset=DatasetConfig(
             repo_id=dataset.lerobot_metadata.repo_id,
@@ -385,6 +473,11 @@ def _train_config(settings, dataset: Dataset, policy, arm: Arm, seed: int) -> Tr
             video_backend="pyav",  # runs everywhere; LeRobot's default asks the machine
         ),
         policy=policy.config,
+        optimizer=dataclasses.replace(policy.config.get_optimizer_preset(), lr=peak),
+        scheduler=CosineDecayWithWarmupSchedulerConfig(
+            num_warmup_steps=settings.warmup_steps, num_decay_steps=settings.steps, peak_lr=peak, decay_lr=peak / 10
+        ),
+        rename_map=rename_map(dataset),
         job_name=arm.name,
         seed=seed,
         batch_size=settings.batch_size,

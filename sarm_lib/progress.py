@@ -15,15 +15,13 @@ import pyarrow.parquet as pq
 import torch
 from tqdm.auto import tqdm
 
-from sarm_lib.artifacts import code_digest, staged
+from sarm_lib.artifacts import PARQUET_KEY, code_digest, read_provenance, staged
+from sarm_lib.checkpoint import RewardModel, checkpoint_digest
 from sarm_lib.dataset import Dataset, Episode
 from sarm_lib.encoder import Embeddings
-from sarm_lib.lerobot_io import RewardModel, checkpoint_digest
 from sarm_lib.model import Sarm
 from sarm_lib.stages import Labels, progress
 from sarm_lib.windows import FrameStore, pad_state
-
-PROVENANCE = b"sarm_lib"
 
 
 @dataclass(frozen=True)
@@ -167,13 +165,7 @@ def write_progress(path: Path, dataset: Dataset, progress_of: dict[str, np.ndarr
         table[f"progress_{head}"] = pa.array(values, pa.float32())
     metadata = {
         b"reward_model_path": str(provenance["reward_model_path"]).encode(),
-        PROVENANCE: json.dumps(provenance, sort_keys=True).encode(),
+        PARQUET_KEY: json.dumps(provenance, sort_keys=True).encode(),
     }
     with staged(path) as partial:
         pq.write_table(pa.table(table).replace_schema_metadata(metadata), partial)
-
-
-def read_provenance(path: Path) -> dict | None:
-    """What made a progress file, or None for a file that does not say (LeRobot's own)."""
-    metadata = pq.read_schema(path).metadata or {}
-    return json.loads(metadata[PROVENANCE]) if PROVENANCE in metadata else None

@@ -16,9 +16,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sarm_lib.artifacts import staged
-from sarm_lib.dataset import Dataset, Episode, episode_table
-from sarm_lib.progress import read_provenance
+from sarm_lib.artifacts import read_provenance, staged
+from sarm_lib.dataset import Dataset, episode_table
 
 Head = Literal["sparse", "dense"]
 
@@ -149,11 +148,6 @@ def episode_weights(computed: RabcWeights, dataset: Dataset) -> pd.DataFrame:
     """The episode table with the mean `weight` of each episode's frames."""
     frames = pd.DataFrame({"episode": computed.episode_index, "weight": computed.weight})
     return episode_table(dataset).merge(frames.groupby("episode").weight.mean().reset_index(), on="episode")
-
-
-def rows_of(episodes: tuple[Episode, ...]) -> np.ndarray:
-    """Rows of all frames of `episodes`."""
-    return np.concatenate([np.arange(e.row, e.row + e.length) for e in episodes])
 
 
 def warnings(statistics: dict[str, float | int]) -> list[str]:

@@ -6,7 +6,6 @@ an uninterrupted one does.
 
 import json
 import logging
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +20,12 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from sarm_lib.artifacts import code_digest, staged
+from sarm_lib.checkpoint import RewardModel
 from sarm_lib.dataset import Dataset, Episode
 from sarm_lib.encoder import Embeddings, Encoder
-from sarm_lib.lerobot_io import RewardModel
 from sarm_lib.model import Sarm, SarmSpec
 from sarm_lib.progress import frame_store, score
+from sarm_lib.schedule import learning_rate
 from sarm_lib.stages import Labels, progress
 from sarm_lib.windows import FrameStore, Windows, WindowSpec
 
@@ -119,13 +119,6 @@ def state_statistics(dataset: Dataset, episodes: tuple[Episode, ...]) -> tuple[n
     """Mean and standard deviation (S,) of the states of `episodes` (the training ones)."""
     states = np.concatenate([dataset.states[episode.rows] for episode in episodes])
     return states.mean(0), states.std(0)
-
-
-def learning_rate(step: int, steps: int, warmup: int) -> float:
-    """Linear warm-up, then a cosine down to a tenth: the factor on the peak rate."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 def new_reward_model(params, dataset: Dataset, embeddings: Embeddings, labels: Labels) -> RewardModel:

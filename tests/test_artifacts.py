@@ -30,8 +30,8 @@ def test_no_nan_is_written(tmp_path):
 
 @pytest.mark.parametrize(
     ("artifact", "module"),
-    [("encoder", "dataset"), ("training", "encoder"), ("training", "stages"), ("training", "lerobot_io"),
-     ("progress", "encoder"), ("progress", "windows"), ("policy", "small_pi0"), ("policy", "training"), ("policy", "dataset")],
+    [("encoder", "dataset"), ("training", "encoder"), ("training", "stages"), ("training", "checkpoint"),
+     ("progress", "encoder"), ("progress", "windows"), ("policy", "small_pi0"), ("policy", "schedule"), ("policy", "dataset")],
 )  # fmt: skip
 def test_a_change_of_a_module_outdates_what_it_made(artifact, module, tmp_path, monkeypatch):
     import shutil
@@ -41,5 +41,35 @@ def test_a_change_of_a_module_outdates_what_it_made(artifact, module, tmp_path, 
     before = artifacts.code_digest(artifact)
     (copy / "charts.py").write_text("# another colour")
     assert artifacts.code_digest(artifact) == before
-    (copy / f"{module}.py").open("a").write("# another line")
+    artifacts.module_path(module).open("a").write("# another line")
     assert artifacts.code_digest(artifact) != before
+
+
+def test_the_policies_do_not_depend_on_the_reward_model():
+    assert artifacts.import_closure({"policy"}) == {"policy", "artifacts", "dataset", "schedule", "small_pi0"}
+    assert artifacts.import_closure({"rabc"}) == {"rabc", "artifacts", "dataset"}
+
+
+def test_imports_of_a_subpackage_and_within_functions_count(tmp_path, monkeypatch):
+    monkeypatch.setattr(artifacts, "PACKAGE", tmp_path)
+    (tmp_path / "package").mkdir()
+    sources = {
+        "package/__init__.py": "def make():\n    from sarm_lib.package import one\n    return one",
+        "package/one.py": "from sarm_lib.package.two import value\nimport sarm_lib.leaf",
+        "package/two.py": "value = 1",
+        "leaf.py": "import json",
+        "user.py": "def use():\n    from sarm_lib import package",
+    }
+    for name, source in sources.items():
+        (tmp_path / name).write_text(source)
+    assert artifacts.imported_modules("from sarm_lib import package, leaf") == {"package", "leaf"}
+    assert artifacts.imported_modules("from sarm_lib.package import two, make") == {"package", "package.two"}
+    assert artifacts.imported_modules("from sarm_lib.package.two import value") == {"package", "package.two"}
+    assert artifacts.imported_modules("import sarm_lib.package.two\nimport numpy.linalg") == {"package", "package.two"}
+    everything = {"user", "package", "package.one", "package.two", "leaf"}
+    assert artifacts.import_closure({"user"}) == everything
+    before = artifacts.code_digest("user")
+    (tmp_path / "package/two.py").write_text("value = 2")
+    assert artifacts.code_digest("user") != before
+    with pytest.raises(AssertionError, match="absolute"):
+        artifacts.imported_modules("from . import two")

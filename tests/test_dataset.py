@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 
 import numpy as np
 import pandas as pd
@@ -9,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sarm_lib.dataset import DatasetError, fingerprint, open_dataset
+from sarm_lib.dataset import DatasetError, _keep, fingerprint, open_dataset, split_summary
 from tests.conftest import CAMERAS, LENGTHS, TASKS, make_dataset
 
 
@@ -63,10 +64,49 @@ def test_splits_are_the_dataset_s_own_or_drawn(copy):
 
 def test_some_episodes_only(tiny):
     whole, some = open_dataset(tiny), open_dataset(tiny, max_episodes=4)
-    assert {e.split for e in some.episodes} == {"train", "val", "test"} and len(some.episodes) <= 5
+    assert {e.split for e in some.episodes} == {"train", "val", "test"} and len(some.episodes) == 4
     for episode in some.episodes:
         np.testing.assert_array_equal(some.states[episode.rows], whole.states[whole.episodes[episode.index].rows])
         assert whole.frames["index"][whole.episodes[episode.index].row] == episode.start
+
+
+@pytest.mark.parametrize("limit", [1, 3, 4, 10, 57, 144, 145, 1000])
+def test_so_many_episodes_and_no_other_number(limit):
+    splits = ["train"] * 80 + ["val"] * 25 + ["test"] * 40
+    kept = _keep(splits, limit)
+    assert len(set(kept)) == len(kept) == min(max(limit, 3), 145) and kept == sorted(kept)
+    count = Counter(splits[i] for i in kept)
+    for name, size in Counter(splits).items():
+        assert abs(count[name] - len(kept) * size / 145) <= 1
+    assert _keep(["train", "test"] * 3, 3) == [0, 1, 2]
+
+
+def test_images_are_read_once_and_in_the_order_of_the_episodes_that_were_asked_for(tmp_path, monkeypatch):
+    root = make_dataset(tmp_path / "d", use_videos=False)
+    path = next(root.glob("data/**/*.parquet"))
+    pq.write_table(pq.read_table(path), path, row_group_size=25)  # as tools other than LeRobot write it
+    dataset = open_dataset(root)
+    every = list(dataset.iterate_frames(CAMERAS[0]))
+    opened, file = [], pq.ParquetFile
+    monkeypatch.setattr(pq, "ParquetFile", lambda path: opened.append(path) or file(path))
+    some = tuple(dataset.episodes[i] for i in (1, 2, 5, 0, 4))
+    found = list(dataset.iterate_frames(CAMERAS[0], some))
+    assert len(opened) == 2, "1, 2, 5 in one go, and 0, 4 in another"
+    expected = [(e.index, every[row][1]) for e in some for row in range(e.row, e.row + e.length)]
+    assert [e.index for e, _ in found] == [index for index, _ in expected]
+    for (_, image), (_, wanted) in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(image, wanted)
+
+
+def test_the_summary_of_the_splits_names_who_is_in_which(copy):
+    drawn = split_summary(open_dataset(copy))
+    assert drawn.keys() == {"train", "val", "test", "digest"} and drawn["train"] == 6
+    info = json.loads((copy / "meta/info.json").read_text())
+    found = []
+    for splits in ({"train": "0:6", "val": "6:7", "test": "7:8"}, {"train": "0:6", "test": "6:7", "val": "7:8"}):
+        (copy / "meta/info.json").write_text(json.dumps({**info, "splits": splits}))
+        found.append(split_summary(open_dataset(copy)))
+    assert found[0]["digest"] != found[1]["digest"] and {**found[0], "digest": ""} == {**found[1], "digest": ""}
 
 
 @pytest.mark.parametrize(

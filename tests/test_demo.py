@@ -1,6 +1,9 @@
 """The demo dataset: LeRobot opens it, its truth keeps its promises, the same seed gives the same episode."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
@@ -85,6 +88,23 @@ def test_true_progress_is_the_clock_on_clean_episodes_stops_in_pauses_and_goes_b
     assert all((p.cummax() - p).max() > 0.3 for _, p in dropped)
 
 
+def test_what_an_imperfection_gains_is_as_small_as_documented(frames, table):
+    injected = frames.assign(kind=table.kind.to_numpy()[frames.episode_index])
+    injected = injected[injected["sim.quality"] == QUALITIES.index("injected")]
+    progress = injected.groupby(["kind", "episode_index"])["sim.progress"]
+    gain = (progress.last() - progress.first()).groupby("kind")
+    at_most = {"hesitate": 0.11, "sloppy": 0.20, "failing": 0.12}
+    losing = set(KINDS) - {"clean", *at_most}
+    assert all(gain.max()[kind] < bound for kind, bound in at_most.items()) and all(
+        gain.max()[kind] < 0 for kind in losing
+    )
+    more = gain.agg(lambda each: (each > 0.02).sum())
+    assert (more["hesitate"], gain.size()["hesitate"]) == (15, 17) and (more["sloppy"], gain.size()["sloppy"]) == (
+        6,
+        16,
+    )
+
+
 def test_quality_labels():
     progress = np.array([0.1, 0.3, 0.2, 0.1, 0.2, 0.35, 0.5], dtype=np.float32)
     injected = np.array([0, 0, 1, 1, 0, 0, 0], dtype=bool)
@@ -106,6 +126,61 @@ def test_the_same_seed_gives_the_recorded_states_and_actions(kind, table, frames
     recorded = frames[frames.episode_index == episode.episode]
     # Another processor rounds otherwise, and the simulator amplifies it: the first second must agree anywhere.
     np.testing.assert_allclose(np.stack(recorded["observation.state"])[:20], one.states[:20], atol=1e-3)
+
+
+WITHOUT_GL = """
+import ctypes.util, sys
+
+found = ctypes.util.find_library
+ctypes.util.find_library = lambda name: None if name in ("EGL", "OSMesa") else found(name)
+import demo.captions, demo.truth
+if len(sys.argv) > 1:
+    import demo.encoder
+from demo.demonstrations import demonstrate
+from demo.simulator import AssemblySimulator, RenderingError
+
+assert not {"mujoco", "metaworld"} & set(sys.modules), "imported before a backend is chosen"
+sim = AssemblySimulator()
+assert demonstrate(sim, "clean", 1000).success
+try:
+    sim.render()
+except RenderingError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("chosen", ["disabled", ""])
+def test_without_opengl_everything_but_rendering_works(chosen):
+    arguments = [] if chosen else ["with the encoder, which takes long to import"]
+    environment = {**os.environ, "MUJOCO_GL": chosen}
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_GL, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "needs OpenGL" in done.stdout and "apt-get install" in done.stdout and done.stdout.count("\n") == 1
+
+
+def test_a_backend_that_was_asked_for_and_is_not_there_is_an_error(monkeypatch):
+    from demo import simulator
+
+    monkeypatch.setenv("MUJOCO_GL", "osmesa")
+    monkeypatch.setattr(simulator, "_is_installed", lambda _: False)
+    with pytest.raises(simulator.RenderingError, match="libOSMesa is not installed"):
+        simulator.choose_gl()
+
+
+def test_a_rendered_frame_is_the_recorded_one(table):
+    from demo.simulator import AssemblySimulator, RenderingError
+
+    episode, sim = table.iloc[0], AssemblySimulator()
+    sim.reset(int(episode.seed))
+    try:
+        rendered = sim.render()["front"]
+    except RenderingError as error:
+        pytest.skip(str(error))
+    dataset = open_dataset(DATA)
+    recorded = dataset.read_frames(dataset.episodes[0], "observation.images.front", [0])[0]
+    assert np.abs(rendered.astype(int) - recorded).mean() < 6, "more than what compression and another driver change"
 
 
 def test_the_encoder_loads_through_the_library_and_tells_scenes_apart():

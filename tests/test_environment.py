@@ -1,6 +1,9 @@
 """Lock, conda environment and Makefile say the same."""
 
+import os
 import re
+import shutil
+import subprocess
 import tomllib
 
 import yaml
@@ -46,13 +49,48 @@ def test_conda_installs_the_same_python_and_the_same_lock():
     assert "sys.version_info[:2] != (3, 12)" in (ROOT / ".ci/find-python").read_text()
 
 
+DVC = """#!/bin/bash
+echo "$@" >> pulled.txt
+test -e offline && exit 1
+mkdir -p data/demo/assembly/meta && echo {} > data/demo/assembly/meta/info.json
+"""
+
+
+def test_data_is_pulled_when_it_is_missing_or_changed_and_else_not(tmp_path):
+    folder = tmp_path / "a folder with spaces"
+    (folder / ".venv/bin").mkdir(parents=True)
+    shutil.copy(ROOT / "Makefile", folder)
+    (folder / ".ci").mkdir()
+    for name in ("data.dvc", "requirements.lock", "pyproject.toml", ".ci/find-python", ".venv/.installed"):
+        (folder / name).touch()
+    (folder / ".venv/bin/dvc").write_text(DVC)
+    (folder / ".venv/bin/dvc").chmod(0o755)
+
+    def pulls() -> int:
+        """Runs `make data` and says how often it pulled."""
+        (folder / "pulled.txt").write_text("")
+        subprocess.run(["make", "data"], cwd=folder, capture_output=True)
+        lines = (folder / "pulled.txt").read_text().splitlines()
+        assert set(lines) <= {"pull -q data.dvc"}
+        return len(lines)
+
+    assert [pulls(), pulls()] == [1, 0]
+    os.utime(folder / "data/.pulled", (0, 0))  # a new data.dvc, by git
+    (folder / "offline").touch()
+    assert [pulls(), pulls()] == [1, 1], "an interrupted pull is repeated"
+    (folder / "offline").unlink()
+    assert [pulls(), pulls()] == [1, 0]
+    shutil.rmtree(folder / "data/demo")
+    assert [pulls(), pulls()] == [1, 0]
+
+
 def test_everything_the_library_imports_is_declared():
     import ast
     import sys
 
     declared = {name_of(r).replace("-", "_") for r in project()["dependencies"]} | {"pillow", "pyyaml"}
-    as_imported = {"PIL": "pillow", "yaml": "pyyaml", "vl_convert": "vl_convert_python"}
-    for path in [*(ROOT / "sarm_lib").glob("*.py")]:
+    as_imported = {"PIL": "pillow", "yaml": "pyyaml", "vl_convert": "vl_convert_python", "ruamel": "ruamel.yaml"}
+    for path in (ROOT / "sarm_lib").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             modules = (
                 [a.name for a in node.names]
@@ -68,7 +106,7 @@ def test_everything_the_library_imports_is_declared():
 
 
 def test_nothing_of_the_library_knows_the_demo():
-    for path in (ROOT / "sarm_lib").glob("*.py"):
+    for path in (ROOT / "sarm_lib").rglob("*.py"):
         text = path.read_text()
         assert not re.search(r"^\s*(from|import) demo\b", text, re.M), path.name
         assert text.count("sim.") == (path.name == "dataset.py"), path.name  # the prefix of truth columns, once

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from sarm_lib.lerobot_io import RewardModel, expressible, load_reward_model, save_reward_model
+from sarm_lib.checkpoint import RewardModel, expressible, load_reward_model, save_reward_model
 from sarm_lib.model import Sarm, SarmSpec
 from sarm_lib.stages import progress
 from sarm_lib.windows import Windows, WindowSpec

@@ -1,25 +1,49 @@
 """A user's own dataset through the whole chain: images instead of videos, several files, no cache, from the Hub."""
 
 import pytest
+from lerobot.configs import PreTrainedConfig
+from lerobot.policies import make_pre_post_processors
 
 from sarm_lib import dataset, params
 from sarm_lib.artifacts import read_json
+from sarm_lib.dataset import rows_of
+from sarm_lib.policy import StreamedFrames
 from tests.conftest import CAMERAS, make_dataset, make_project, run_chapters
+
+JOINTS = "observation.joints"
 
 
 @pytest.mark.parametrize(
     ("source", "overrides"),
     [
-        ({"use_videos": False}, {"base.image_keys": []}),  # both cameras: a model that LeRobot cannot express
-        ({"files": 2}, {"policy.cache_frames": False, "sarm.window": "past", "rabc.stride": 3}),
+        # both cameras: a model that LeRobot cannot express
+        ({"use_videos": False, "state_keys": (JOINTS,)}, {"base.image_keys": []}),
+        (
+            {"files": 2, "state_keys": (JOINTS, "observation.state")},
+            {"policy.cache_frames": False, "sarm.window": "past", "rabc.stride": 3},
+        ),
     ],
-    ids=["images_two_cameras", "several_files_streamed_past_window"],
+    ids=["images_two_cameras_joints", "several_files_streamed_past_window_joints_and_another_state"],
 )
-def test_the_whole_chain_runs(tmp_path, tiny_encoder, source, overrides):
+def test_the_whole_chain_runs(tmp_path, tiny_encoder, monkeypatch, source, overrides):
+    overrides = {**overrides, "base.state_key": JOINTS}
     project = make_project(tmp_path / "p", make_dataset(tmp_path / "d", **source), tiny_encoder, overrides)
     run_chapters(project)
     assert read_json(project / "outputs/sarm/config.json")["type"] == "sarm_lib"
     assert read_json(project / "outputs/metrics/policy.json")["rabc"]["val_loss"] > 0
+    monkeypatch.chdir(project)
+    opened = dataset.from_params(params.load())
+    joints_reach_the_policy_as_its_state(project / "outputs/policy/rabc/checkpoints/last/pretrained_model", opened)
+
+
+def joints_reach_the_policy_as_its_state(path, opened):
+    """By the checkpoint's own processor, from the dataset as LeRobot's loader returns it."""
+    config = PreTrainedConfig.from_pretrained(path)
+    assert set(config.input_features) == {*CAMERAS, "observation.state"}
+    preprocess, _ = make_pre_post_processors(config, pretrained_path=str(path))
+    batch = next(StreamedFrames(opened, 4, 0).batches(iter([rows_of(opened.split("train"))])))
+    state = preprocess(batch)["observation.state"]
+    assert state.shape[1] == 3 and state.mean(0).abs().max() < 1e-3 and (state.std(0) - 1).abs().max() < 0.02
 
 
 def test_a_hub_dataset_is_downloaded_at_its_revision_and_opened(tiny, tmp_path, tiny_encoder, monkeypatch):

@@ -1,10 +1,18 @@
 """Policies: LeRobot's loading, Eq 7, padded actions, two arms on the same draws, resumption."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
-from lerobot.configs import PreTrainedConfig
+from lerobot.common.train_utils import load_training_state
+from lerobot.configs import PreTrainedConfig, parser
+from lerobot.configs.train import TrainPipelineConfig
+from lerobot.optim.factory import make_optimizer_and_scheduler
 from lerobot.policies import make_pre_post_processors
+from lerobot.policies.pi0.modeling_pi0 import PI0Policy
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from sarm_lib import policy
 from sarm_lib.small_pi0 import SmallPI0Policy
@@ -79,6 +87,97 @@ def test_a_checkpoint_that_does_not_fit_is_an_error(in_project, tmp_path):
     other.depth = 2
     with pytest.raises(RuntimeError, match="Missing key"):
         SmallPI0Policy.from_pretrained(tmp_path, config=other, strict=True)
+
+
+def forget_two(folder):
+    weights = load_file(folder / "model.safetensors")
+    save_file({key: weights[key] for key in list(weights)[2:]}, folder / "model.safetensors")
+
+
+def cut_off(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize("loading", ["ours", "pi0"])
+@pytest.mark.parametrize(
+    ("harm", "fields", "expected"),
+    [
+        (forget_two, {}, "lacks 2"),
+        (cut_off, {}, "cannot be used|incomplete|too large"),
+        (lambda folder: (folder / "model.safetensors").unlink(), {}, "cannot be used|No such file|not found"),
+        (lambda _: None, {"depth": 2}, "lacks [1-9]"),
+        (lambda _: None, {"vision_depth": 0}, "holds [1-9][0-9]* others"),
+    ],
+    ids=["missing", "corrupt", "absent", "deeper", "shallower"],
+)
+def test_a_pretrained_policy_without_its_weights_is_an_error(
+    in_project, tmp_path, monkeypatch, loading, harm, fields, expected
+):
+    """π0's own loading would go on with random weights."""
+    config, dataset = in_project
+    if loading == "pi0":
+        monkeypatch.setattr(SmallPI0Policy, "from_pretrained", classmethod(PI0Policy.from_pretrained.__func__))
+    made, *_ = policy.make(config.policy, dataset, "cpu")
+    made.save_pretrained(tmp_path)
+    harm(tmp_path)
+    changed = {"pretrained_path": str(tmp_path), "config": {**config.policy.config, **fields}}
+    with pytest.raises((ValueError, OSError, SafetensorError), match=expected):
+        policy.make(config.policy.model_copy(update=changed), dataset, "cpu")
+
+
+def test_weights_are_compared_and_openpi_s_names_known(in_project, tmp_path):
+    config, dataset = in_project
+    made, *_ = policy.make(config.policy, dataset, "cpu")
+    made.save_pretrained(tmp_path)
+    policy.check_weights(made, tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file({key.removeprefix("model."): value for key, value in weights.items()}, tmp_path / "model.safetensors")
+    policy.check_weights(made, tmp_path)
+    with pytest.raises(ValueError, match="was not loaded"):
+        policy.check_weights(policy.make(config.policy, dataset, "cpu")[0], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"type": "pi00"}, "policy.type: LeRobot has no 'pi00'; it has .*small_pi0"),
+        ({"type": "act"}, "policy.type: act gives no loss of a single sample"),
+        ({"n_action_steps": 5}, "policy.n_action_steps: 5 of a chunk of 4"),
+        ({"config": {"dept": 3}}, "policy.config: small_pi0 has no 'dept'; it has .*depth"),
+    ],
+)
+def test_a_policy_that_cannot_be_trained_is_named_with_its_key(in_project, changes, expected):
+    config, _ = in_project
+    with pytest.raises(ValueError, match=expected):
+        policy.make_config(config.policy.model_copy(update=changes), "cpu")
+
+
+def test_lerobot_s_command_line_finds_the_small_policy(monkeypatch):
+    arguments = ["--dataset.repo_id=user/name", "--policy.type=small_pi0", "--policy.push_to_hub=false"]
+    arguments += ["--policy.discover_packages_path=sarm_lib.small_pi0", "--policy.depth=2"]
+    monkeypatch.setattr(sys, "argv", ["lerobot-train", *arguments])
+    config = parser.wrap()(read_configuration)()
+    assert config.policy.type == "small_pi0" and config.policy.depth == 2
+
+
+def read_configuration(cfg: TrainPipelineConfig) -> TrainPipelineConfig:
+    return cfg
+
+
+def test_lerobot_goes_on_from_a_trained_policy(in_project, monkeypatch):
+    config, _ = in_project
+    folder = config.paths.read("policy/bc", "06") / "checkpoints/last"
+    path = folder / "pretrained_model/train_config.json"
+    monkeypatch.setattr(sys, "argv", ["lerobot-train", "--resume=true", f"--config_path={path}", "--steps=1000"])
+    resumed = parser.wrap()(read_configuration)()
+    resumed.validate()
+    assert resumed.checkpoint_path == folder and resumed.policy.pretrained_path == folder / "pretrained_model"
+    loaded = SmallPI0Policy.from_pretrained(resumed.policy.pretrained_path)
+    optimizer, scheduler = make_optimizer_and_scheduler(resumed, loaded)
+    step, optimizer, scheduler = load_training_state(folder, optimizer, scheduler)
+    assert step == scheduler.last_epoch == config.policy.steps
+    assert optimizer.state_dict()["state"] and optimizer.param_groups[0]["initial_lr"] == config.policy.learning_rate
 
 
 def test_the_loss_is_pi0_s_without_the_padded_actions(in_project, frames):

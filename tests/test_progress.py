@@ -4,14 +4,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from sarm_lib import encoder, lerobot_io, progress
+from sarm_lib import artifacts, checkpoint, encoder, progress
 
 
 @pytest.fixture
 def parts(in_project):
     config, dataset = in_project
     embeddings = encoder.open_embeddings(config.paths.read("embeddings", "00"), dataset)
-    model = lerobot_io.load_reward_model(config.paths.read("sarm", "03"))
+    model = checkpoint.load_reward_model(config.paths.read("sarm", "03"))
     return config, dataset, embeddings, model, progress.frame_store(dataset, embeddings, model)
 
 
@@ -62,9 +62,9 @@ def test_the_file_has_lerobot_s_columns_and_says_what_made_it(parts):
         ("index", "int64"), ("episode_index", "int64"), ("frame_index", "int64"), ("progress_sparse", "float"),
     ]  # fmt: skip
     assert schema.metadata[b"reward_model_path"] == b"outputs/sarm"
-    made = progress.read_provenance(path)
+    made = artifacts.read_provenance(path)
     assert made["fingerprint"] == embeddings.fingerprint
-    assert made["checkpoint"] == lerobot_io.checkpoint_digest(config.paths.read("sarm", "03"))
+    assert made["checkpoint"] == checkpoint.checkpoint_digest(config.paths.read("sarm", "03"))
     assert len(pq.read_table(path)) == dataset.num_frames
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from sarm_lib import encoder, lerobot_io, training
+from sarm_lib import encoder, lerobot_io, schedule, training
 from sarm_lib.training import Augmentation, SarmLoss
 
 
@@ -100,6 +100,6 @@ def test_training_learns(parts, tmp_path):
 
 
 def test_the_learning_rate_warms_up_and_decays_to_a_tenth():
-    rates = [training.learning_rate(step, 100, 10) for step in range(101)]
+    rates = [schedule.learning_rate(step, 100, 10) for step in range(101)]
     assert rates[:10] == pytest.approx([i / 10 for i in range(1, 11)])
     assert rates[10] == 1 and rates[-1] == pytest.approx(0.1) and (np.diff(rates[10:]) < 0).all()

@@ -5,7 +5,8 @@ configuration instead of being Gemma's and SigLIP's, the weights start at random
 of the dataset's own task texts, kept in the processor's configuration: a checkpoint needs nothing from the Hub.
 
 LeRobot finds the policy and its processors in this module by its naming rules; `import sarm_lib.small_pi0` registers
-the type (on LeRobot's command line: `--policy.discover_packages_path=sarm_lib.small_pi0`).
+the type (on LeRobot's command line: `--policy.discover_packages_path=sarm_lib.small_pi0`, which takes packages only:
+hence the folder).
 """
 
 from dataclasses import dataclass
