@@ -1,20 +1,27 @@
-"""Which subtask an episode shows when: segments of an episode, their validation, and LeRobot's columns for them.
+"""Which subtask an episode shows when: segments of an episode, the gate that every one passes, and LeRobot's columns.
 
 An annotation is a list of segments in the order of time. Frames count from 0 within the episode and `end` is the last
 frame of the segment, as in LeRobot's `{head}_subtask_end_frames`. One JSON file an episode lies in
-`outputs/annotations/`:
-
-    {"episode": 3, "annotator": "single_stage", "length": 52,
-     "sparse": [{"subtask": "task", "start": 0, "end": 51}], "dense": null}
+`outputs/annotations/`; docs/annotations.md has its schema and an example. A subtask may occur again (a robot that drops
+the nut reaches for it again), and an episode may end before the last subtask.
 """
 
-from dataclasses import asdict, dataclass
+import itertools
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
+from typing import Any, ClassVar
 
-from sarm_lib.artifacts import read_json, staged, write_json
+import numpy as np
+
+from sarm_lib.artifacts import staged, write_json
 from sarm_lib.dataset import Dataset, Episode
 
 SINGLE_STAGE = "task"  # the guide's name of the one stage of `single_stage`, and of the sparse head in `dense_only`
+MIN_COVERAGE = 0.8  # of an episode's frames; a gap keeps the progress of the segment before it
+STRICT = {"strict": True, "extra": "forbid", "allow_inf_nan": False}  # how a file is read: no guesses
+UNLIKELY = 3.5  # robust standard deviations of a subtask's log duration
 
 
 class AnnotationError(ValueError):
@@ -25,6 +32,8 @@ class AnnotationError(ValueError):
 class Segment:
     """A subtask from frame `start` to frame `end`, both inclusive."""
 
+    __pydantic_config__: ClassVar = STRICT
+
     subtask: str
     start: int
     end: int
@@ -32,74 +41,190 @@ class Segment:
 
 @dataclass(frozen=True)
 class Annotation:
-    """What one episode shows. `sparse` and `dense` are None where that head is not annotated."""
+    """What one episode shows. `sparse` and `dense` are None where that head is not annotated.
+
+    confidence: a head's probability, one value a segment, that its start lies within a few frames of where it is;
+    None where the annotator has none. provenance: what made it (model, prompt, raw answer, seed), JSON values.
+    """
+
+    __pydantic_config__: ClassVar = STRICT
 
     episode: int
     length: int
     annotator: str
     sparse: tuple[Segment, ...] | None
     dense: tuple[Segment, ...] | None
+    confidence: dict[str, tuple[float, ...]] | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
 
     def head(self, name: str) -> tuple[Segment, ...] | None:
         return self.sparse if name == "sparse" else self.dense
 
 
-def single_stage(episode: Episode) -> Annotation:
-    """The whole episode is one stage, "task", and progress is linear."""
-    return Annotation(
-        episode.index, episode.length, "single_stage", (Segment(SINGLE_STAGE, 0, episode.length - 1),), None
-    )
+@dataclass(frozen=True)
+class Finding:
+    """A rule that an annotation breaks, or a doubt about it."""
+
+    episode: int
+    head: str
+    subtask: str
+    rule: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"episode {self.episode}, {self.head}, {self.rule}: {self.message}"
 
 
-def annotate(dataset: Dataset, mode: str) -> list[Annotation]:
-    """Annotate every episode as `mode` asks. Raises AnnotationError for a mode that needs more than the dataset."""
-    if mode != "single_stage":
-        raise AnnotationError(
-            f"annotation_mode {mode} needs subtask annotations, and no annotator makes them yet: use single_stage"
-        )
-    return [single_stage(episode) for episode in dataset.episodes]
-
-
-def validate(annotation: Annotation, vocabulary: dict[str, list[str]]) -> None:
-    """Check one annotation against the vocabulary of each head. Raises AnnotationError at the first broken rule."""
-    for head, names in vocabulary.items():
-        segments = annotation.head(head)
-        if segments is None:
-            continue
-        where = f"episode {annotation.episode}, {head}"
-        if not segments:
-            raise AnnotationError(f"{where}: no segment (leave the head out where it is not annotated)")
-        previous = -1
-        for segment in segments:
-            if segment.subtask not in names:
-                raise AnnotationError(f"{where}: unknown subtask {segment.subtask!r}; known are {', '.join(names)}")
-            if segment.start < 0 or segment.end >= annotation.length:
-                raise AnnotationError(
-                    f"{where}: {segment.subtask!r} ({segment.start} to {segment.end}) leaves the episode's "
-                    f"{annotation.length} frames"
-                )
-            if segment.end < segment.start:
-                raise AnnotationError(
-                    f"{where}: {segment.subtask!r} ends at {segment.end}, before it starts at {segment.start}"
-                )
-            if segment.start <= previous:
-                raise AnnotationError(
-                    f"{where}: {segment.subtask!r} starts at {segment.start}, inside the segment before it"
-                )
-            previous = segment.end
+def whole_episode(episode: Episode) -> tuple[Segment, ...]:
+    """The one segment of `single_stage`, and of the sparse head in `dense_only`."""
+    return (Segment(SINGLE_STAGE, 0, episode.length - 1),)
 
 
 def vocabulary(params) -> dict[str, list[str]]:
-    """Subtask names of each head that the annotation mode uses."""
+    """Subtask names of each head that the annotation mode uses. Raises AnnotationError where they are missing or repeat."""
     mode = params.base.annotation_mode
     sparse = params.annotate.sparse_subtasks if mode == "dual" else [SINGLE_STAGE]
     names = {"sparse": sparse, "dense": params.annotate.dense_subtasks}
     for head in params.heads:
+        where = f"annotate.{head}_subtasks"
         if not names[head]:
-            raise AnnotationError(
-                f"annotate.{head}_subtasks: annotation_mode {mode} needs the names of the {head} subtasks"
-            )
+            raise AnnotationError(f"{where}: annotation_mode {mode} needs the names of the {head} subtasks")
+        for name in names[head]:
+            if names[head].count(name) > 1 or not name.strip():
+                raise AnnotationError(f"{where}: {name!r} is empty or stands there twice; names are classes")
     return {head: names[head] for head in params.heads}
+
+
+def video_key(params, dataset: Dataset) -> str:
+    """The camera that annotators and people look at: `annotate.video_key`, or the reward model's first."""
+    key = params.annotate.video_key or dataset.image_keys[0]
+    if key not in dataset.camera_keys:
+        raise AnnotationError(
+            f"annotate.video_key: no camera {key!r}; the dataset has {', '.join(dataset.camera_keys)}"
+        )
+    return key
+
+
+# --- the gate -------------------------------------------------------------------------------------------------------
+
+
+def violations(annotation: Annotation, vocabulary: dict[str, list[str]]) -> list[Finding]:
+    """Every rule that an annotation breaks: what has one must not be stored."""
+    found = []
+    for head, names in vocabulary.items():
+
+        def broken(rule: str, message: str, subtask: str = "", head: str = head) -> None:
+            found.append(Finding(annotation.episode, head, subtask, rule, message))
+
+        segments = annotation.head(head)
+        if not segments:
+            broken("coverage", "no segment")
+            continue
+        length, previous = annotation.length, None
+        for segment in segments:
+            span = f"{segment.subtask!r} ({segment.start} to {segment.end})"
+            if segment.subtask not in names:
+                broken("vocabulary", f"unknown subtask {span}; known are {', '.join(names)}", segment.subtask)
+            if segment.start < 0 or segment.end >= length:
+                broken("bounds", f"{span} leaves the episode's {length} frames", segment.subtask)
+            if segment.end <= segment.start:
+                broken("zero length", f"{span} has no duration", segment.subtask)
+            if previous and segment.start < previous.start:
+                broken("order", f"{span} stands after {previous.subtask!r}, which starts later", segment.subtask)
+            elif previous and segment.start <= previous.end:
+                broken(
+                    "overlap",
+                    f"{span} starts inside {previous.subtask!r}, which ends at {previous.end}",
+                    segment.subtask,
+                )
+            previous = segment
+        covered = sum(max(0, min(s.end, length - 1) - max(s.start, 0) + 1) for s in segments)
+        if covered < MIN_COVERAGE * length:
+            broken(
+                "coverage", f"only {covered} of {length} frames lie in a segment, at least {MIN_COVERAGE:.0%} have to"
+            )
+    confidence = annotation.confidence or {}
+    for head, values in confidence.items():
+        if len(values) != len(annotation.head(head) or ()) or not all(0 <= value <= 1 for value in values):
+            found.append(Finding(annotation.episode, head, "", "confidence", "needs one value in [0, 1] a segment"))
+    return found
+
+
+def validate(annotation: Annotation, vocabulary: dict[str, list[str]], length: int | None = None) -> None:
+    """Raise AnnotationError with every rule that is broken; `length` is the episode's, where it is known."""
+    found = violations(annotation, vocabulary)
+    if length is not None and annotation.length != length:
+        text = f"made for {annotation.length} frames, the episode has {length}"
+        found.insert(0, Finding(annotation.episode, "both heads", "", "bounds", text))
+    if found:
+        raise AnnotationError("\n".join(map(str, found)))
+
+
+def doubts(annotations: list[Annotation], heads: Iterable[str]) -> list[Finding]:
+    """What is allowed and yet worth a look: durations unlike those of the same subtask elsewhere, and gaps.
+
+    A duration is unlikely where its logarithm lies more than 3.5 robust standard deviations (1.4826 MAD, at least 15 %)
+    from the subtask's median; a subtask with fewer than five segments has no such judgement.
+    """
+    found = []
+    for head in heads:
+        spans = [(a, s) for a in annotations for s in a.head(head) or ()]
+        by_name: dict[str, list[float]] = {}
+        for _, s in spans:
+            by_name.setdefault(s.subtask, []).append(np.log(s.end - s.start + 1))
+        middle = {name: np.median(values) for name, values in by_name.items()}
+        spread = {n: max(0.15, 1.4826 * np.median(np.abs(np.array(v) - middle[n]))) for n, v in by_name.items()}
+        for annotation, s in spans:
+            frames = s.end - s.start + 1
+            z = abs(np.log(frames) - middle[s.subtask]) / spread[s.subtask]
+            if z > UNLIKELY and len(by_name[s.subtask]) >= 5:
+                usual = f"{frames} frames, usual are {np.exp(middle[s.subtask]):.0f}"
+                found.append(Finding(annotation.episode, head, s.subtask, "unlikely duration", usual))
+        for annotation in annotations:
+            for before, after in itertools.pairwise(annotation.head(head) or ()):
+                if after.start > before.end + 1:
+                    gap = f"{after.start - before.end - 1} frames after {before.subtask!r} belong to no segment"
+                    found.append(Finding(annotation.episode, head, after.subtask, "gap", gap))
+    return found
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _schema():
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Annotation)
+
+
+def json_schema() -> dict:
+    """JSON schema of an annotation file."""
+    return _schema().json_schema()
+
+
+def parse(text: str | bytes, vocabulary: dict[str, list[str]], length: int | None = None) -> Annotation:
+    """The annotation in a file's text, validated. Raises AnnotationError, whatever the text is."""
+    from pydantic import ValidationError
+
+    try:
+        annotation = _schema().validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise AnnotationError(f"{where}: {first['msg']}") from None
+    validate(annotation, vocabulary, length)
+    return annotation
+
+
+def file_name(episode: int) -> str:
+    return f"{episode:06d}.json"
+
+
+def save_one(folder: Path, annotation: Annotation, vocabulary: dict[str, list[str]]) -> None:
+    """Write one validated annotation into `folder`."""
+    validate(annotation, vocabulary)
+    write_json(folder / file_name(annotation.episode), asdict(annotation))
 
 
 def save(folder: Path, annotations: list[Annotation], names: dict[str, list[str]]) -> None:
@@ -107,20 +232,29 @@ def save(folder: Path, annotations: list[Annotation], names: dict[str, list[str]
     with staged(folder) as partial:
         partial.mkdir()
         for annotation in annotations:
-            validate(annotation, names)
-            write_json(partial / f"{annotation.episode:06d}.json", asdict(annotation))
+            save_one(partial, annotation, names)
 
 
-def load(folder: Path, names: dict[str, list[str]]) -> list[Annotation]:
-    """Read and validate every annotation of `folder`, in the order of the episodes."""
+def load(folder: Path, names: dict[str, list[str]], dataset: Dataset | None = None) -> list[Annotation]:
+    """Read and validate every annotation of `folder`, in the order of the episodes (with `dataset`, of its used ones)."""
+    lengths = {e.index: e.length for e in dataset.episodes} if dataset else None
     annotations = []
-    for path in sorted(folder.glob("*.json")):
-        values = read_json(path)
-        for head in ("sparse", "dense"):
-            values[head] = None if values[head] is None else tuple(Segment(**segment) for segment in values[head])
-        annotations.append(Annotation(**values))
-        validate(annotations[-1], names)
+    for path in sorted(folder.glob("[0-9]*.json")):
+        if lengths is not None and int(path.stem) not in lengths:
+            continue
+        try:
+            annotation = parse(path.read_bytes(), names, lengths and lengths[int(path.stem)])
+        except AnnotationError as error:
+            raise AnnotationError(
+                f"{path.name}: {error}\nAnnotate it again (delete the file), or correct it."
+            ) from None
+        if annotation.episode != int(path.stem):
+            raise AnnotationError(f"{path.name}: says that it is of episode {annotation.episode}")
+        annotations.append(annotation)
     return annotations
+
+
+# --- LeRobot's columns ----------------------------------------------------------------------------------------------
 
 
 def columns(annotations: list[Annotation], dataset: Dataset, heads: tuple[str, ...]) -> dict[str, list]:

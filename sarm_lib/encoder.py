@@ -4,7 +4,7 @@
 names the dataset and the encoder. After stage 00 nothing decodes a video to score or train a reward model.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sarm_lib.artifacts import code_digest, digest, file_digest, is_current, read_json, staged, write_json
-from sarm_lib.dataset import Dataset, fingerprint
+from sarm_lib.dataset import Dataset, DatasetError, fingerprint
 
 INDEX = "index.json"
 
@@ -90,13 +90,24 @@ def from_params(params, device: str) -> Encoder:
     return load(params.encoder, device, params.prepare.encoder)
 
 
-def encode_dataset(dataset: Dataset, encoder: Encoder, folder: Path, batch_size: int) -> dict:
-    """Encode every frame of `dataset` into `folder`, unless it holds exactly that already. Returns the index."""
+def encode_dataset(
+    dataset: Dataset, encoder: Encoder, folder: Path, batch_size: int, image_keys: Sequence[str] = ()
+) -> dict:
+    """Encode every frame of `dataset` into `folder`, unless it holds exactly that already. Returns the index.
+
+    image_keys: cameras beside those that the reward model sees. Raises DatasetError for one that does not exist.
+    """
+    cameras = list(dict.fromkeys([*dataset.image_keys, *image_keys]))
+    for key in cameras:
+        if key not in dataset.camera_keys:
+            raise DatasetError(
+                f"prepare.image_keys: no camera {key!r}; the dataset has {', '.join(dataset.camera_keys)}"
+            )
     made_from = {
         "fingerprint": fingerprint(dataset.root),
         "encoder": encoder.name,
         "encoder_identity": encoder.identity,
-        "cameras": list(dataset.image_keys),
+        "cameras": cameras,
         "episodes": [[episode.index, episode.length] for episode in dataset.episodes],
         "tasks": dataset.tasks,
         "code": code_digest("encoder"),
@@ -106,7 +117,7 @@ def encode_dataset(dataset: Dataset, encoder: Encoder, folder: Path, batch_size:
     index = {"width": encoder.width, "frames": dataset.num_frames, **made_from}
     with staged(folder) as partial:
         partial.mkdir()
-        for key in dataset.image_keys:
+        for key in cameras:
             store = np.lib.format.open_memmap(
                 partial / f"{key}.npy", mode="w+", dtype=np.float32, shape=(dataset.num_frames, encoder.width)
             )

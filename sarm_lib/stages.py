@@ -35,6 +35,12 @@ def targets(segments: tuple[Segment, ...], names: list[str], length: int) -> tup
     return stage, tau
 
 
+def complete(annotation: Annotation, head: str, names: list[str]) -> bool:
+    """Whether an episode shows every stage and ends in the last one: it did the whole task."""
+    shown = [segment.subtask for segment in annotation.head(head) or ()]
+    return set(shown) == set(names) and shown[-1] == names[-1]
+
+
 def temporal_proportions(annotations: list[Annotation], head: str, names: list[str]) -> np.ndarray:
     """ᾱ (K,) by Eq 1 over all M annotated episodes; an episode without stage k counts 0, a repeated one counts twice."""
     shares = []

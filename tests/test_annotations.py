@@ -1,16 +1,18 @@
 """The validator, the files, and LeRobot's columns."""
 
 import itertools
+import json
+from dataclasses import asdict
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sarm_lib import annotations
 from sarm_lib.annotations import Annotation, AnnotationError, Segment
 from sarm_lib.dataset import open_dataset
 from sarm_lib.lerobot_io import read_labels, write_annotated_dataset
-from tests.conftest import make_dataset
+from tests.conftest import ROOT, make_dataset
 
 NAMES = {"sparse": ["reach", "grasp"]}
 
@@ -22,35 +24,117 @@ def annotation(*segments: Segment, length: int = 20) -> Annotation:
 @pytest.mark.parametrize(
     ("segments", "rule"),
     [
-        ([Segment("grab", 0, 19)], "unknown subtask 'grab'; known are reach, grasp"),
-        ([Segment("reach", 0, 20)], "leaves the episode's 20 frames"),
-        ([Segment("reach", -1, 5)], "leaves the episode's 20 frames"),
-        ([Segment("reach", 6, 5)], "before it starts at 6"),
-        ([Segment("reach", 0, 9), Segment("grasp", 9, 19)], "'grasp' starts at 9, inside the segment before it"),
-        ([], "no segment"),
+        ([Segment("grab", 0, 19)], "vocabulary: unknown subtask 'grab' (0 to 19); known are reach, grasp"),
+        ([Segment("reach", 0, 20)], "bounds: 'reach' (0 to 20) leaves the episode's 20 frames"),
+        ([Segment("reach", -1, 18)], "bounds: 'reach' (-1 to 18) leaves the episode's 20 frames"),
+        ([Segment("reach", 6, 5), Segment("reach", 7, 19)], "zero length: 'reach' (6 to 5) has no duration"),
+        ([Segment("reach", 0, 0), Segment("grasp", 1, 19)], "zero length: 'reach' (0 to 0) has no duration"),
+        ([Segment("reach", 0, 9), Segment("grasp", 9, 19)], "overlap: 'grasp' (9 to 19) starts inside 'reach'"),
+        ([Segment("grasp", 10, 19), Segment("reach", 0, 9)], "order: 'reach' (0 to 9) stands after 'grasp'"),
+        ([Segment("reach", 0, 9)], "coverage: only 10 of 20 frames lie in a segment, at least 80% have to"),
+        ([], "coverage: no segment"),
     ],
 )
-def test_a_broken_rule_names_episode_and_subtask(segments, rule):
+def test_a_broken_rule_names_episode_subtask_and_rule(segments, rule):
     with pytest.raises(AnnotationError) as error:
         annotations.validate(annotation(*segments), NAMES)
-    assert rule in str(error.value) and "episode 7, sparse" in str(error.value)
+    assert f"episode 7, sparse, {rule}" in str(error.value)
 
 
-@given(
-    st.lists(
-        st.tuples(st.sampled_from(["reach", "grasp", "fly"]), st.integers(-3, 25), st.integers(-3, 25)), max_size=5
-    )
+def test_every_broken_rule_is_named_at_once_and_another_length_too():
+    bad = annotation(Segment("fly", 0, 30), Segment("reach", 25, 19))
+    rules = {finding.rule for finding in annotations.violations(bad, NAMES)}
+    assert rules == {"vocabulary", "bounds", "zero length", "overlap"}
+    good = annotation(Segment("reach", 0, 9), Segment("grasp", 10, 19))
+    annotations.validate(good, NAMES, length=20)
+    with pytest.raises(AnnotationError, match="made for 20 frames, the episode has 21"):
+        annotations.validate(good, NAMES, length=21)
+
+
+def test_a_subtask_may_recur_and_an_episode_may_end_early():
+    annotations.validate(annotation(Segment("grasp", 0, 9), Segment("reach", 10, 14), Segment("grasp", 15, 19)), NAMES)
+    annotations.validate(annotation(Segment("reach", 0, 19)), NAMES)
+
+
+def test_a_head_that_the_mode_needs_must_be_there():
+    with pytest.raises(AnnotationError, match="dense, coverage: no segment"):
+        annotations.validate(annotation(Segment("reach", 0, 19)), {**NAMES, "dense": ["reach"]})
+
+
+def test_unlikely_durations_and_gaps_are_doubts():
+    usual = [Annotation(i, 40, "x", (Segment("reach", 0, 9 + i % 3), Segment("grasp", 20, 39)), None) for i in range(6)]
+    odd = Annotation(9, 60, "x", (Segment("reach", 0, 39), Segment("grasp", 40, 59)), None)
+    found = annotations.doubts([*usual, odd], ["sparse"])
+    assert {(f.episode, f.subtask) for f in found if f.rule == "unlikely duration"} == {(9, "reach")}
+    assert {f.episode for f in found if f.rule == "gap"} == set(range(6))
+    assert "40 frames, usual are 11" in str(found[0]) or any("40 frames" in str(f) for f in found)
+
+
+leaves = st.none() | st.booleans() | st.integers(-30, 30) | st.floats() | st.sampled_from(["reach", "grasp", "fly", ""])
+junk = st.recursive(
+    leaves,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
 )
-def test_whatever_passes_is_in_order_in_bounds_and_known(raw):
-    segments = [Segment(*values) for values in raw]
+segment = st.fixed_dictionaries(
+    {
+        "subtask": st.sampled_from(["reach", "grasp", "fly"]) | junk,
+        "start": st.integers(-3, 25) | junk,
+        "end": st.integers(-3, 25) | junk,
+    }
+)
+near = st.fixed_dictionaries(
+    {
+        "episode": st.integers(0, 9) | junk,
+        "length": st.just(20) | junk,
+        "annotator": st.just("x") | junk,
+        "sparse": st.lists(segment, max_size=4) | junk,
+        "dense": st.none() | junk,
+    },
+    optional={
+        "confidence": st.none()
+        | st.dictionaries(st.sampled_from(["sparse", "dense"]), st.lists(st.floats(0, 1), max_size=4))
+        | junk,
+        "more": junk,
+    },
+)
+
+
+@settings(max_examples=6000, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.one_of(near.map(json.dumps), junk.map(json.dumps), st.text(), st.binary()))
+def test_whatever_a_file_holds_it_is_refused_or_valid(text):
     try:
-        annotations.validate(annotation(*segments), NAMES)
-    except AnnotationError:
+        read = annotations.parse(text, NAMES, length=20)
+    except AnnotationError as error:
+        assert str(error)
         return
-    bounds = [x for s in segments for x in (s.start, s.end)]
-    assert bounds == sorted(bounds) and bounds[0] >= 0 and bounds[-1] < 20
-    assert all(a.end < b.start for a, b in itertools.pairwise(segments))
-    assert {s.subtask for s in segments} <= set(NAMES["sparse"])
+    bounds = [x for s in read.sparse for x in (s.start, s.end)]
+    assert bounds == sorted(set(bounds)) and bounds[0] >= 0 and bounds[-1] < 20
+    assert {s.subtask for s in read.sparse} <= set(NAMES["sparse"])
+    assert sum(s.end - s.start + 1 for s in read.sparse) >= 16 and read.length == 20
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(NAMES["sparse"]), st.integers(2, 9)), min_size=1, max_size=8))
+def test_what_is_valid_is_accepted_and_survives_its_file(parts):
+    edges = list(itertools.accumulate((n for _, n in parts), initial=0))
+    segments = tuple(Segment(name, a, b - 1) for (name, _), a, b in zip(parts, edges, edges[1:]))
+    whole = Annotation(7, edges[-1], "x", segments, None, {"sparse": (0.5,) * len(parts)}, {"seed": 1})
+    assert annotations.parse(json.dumps(asdict(whole)), NAMES, edges[-1]) == whole
+
+
+def test_the_documented_example_is_valid_and_the_schema_is_the_codes():
+    import jsonschema
+
+    text = (ROOT / "docs/annotations.md").read_text()
+    example, schema = (block.split("```")[0] for block in text.split("```json\n")[1:3])
+    names = {
+        "sparse": ["pick up the nut", "place the nut on the peg"],
+        "dense": ["reach the nut handle", "grasp the nut"],
+    }
+    annotations.parse(example, names)
+    assert json.loads(schema) == annotations.json_schema()
+    jsonschema.validate(json.loads(example), json.loads(schema))
 
 
 def test_files_are_read_back_as_they_were_written(tmp_path):

@@ -1,0 +1,243 @@
+"""How well two annotations agree: with a second annotator, with a person's marks, or, for scoring only, with a truth.
+
+Boundaries are compared where one subtask hands over to another: a boundary of the reference is matched to one of the
+other annotation that leads into the same subtask, in order, so that the sum of the distances is least; what has no
+partner within `TOLERANCE` seconds counts as missed (or extra) and as an error of that tolerance. A *retry* is a boundary
+that leads back to an earlier subtask.
+"""
+
+import itertools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from sarm_lib.annotations import Annotation, Finding, Segment
+from sarm_lib.dataset import Dataset, DatasetError
+
+TOLERANCE = 0.5  # seconds
+FLICKER = 0.15  # seconds; a truth that is read off thresholds flickers: shorter runs belong to the run before them
+
+BY_HAND = ("manual", "corrected")  # annotators that are people
+
+Segments = tuple[Segment, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One episode, one head: `frames` and `matched`, `missed`, `extra` boundaries, and the same of the retries.
+
+    errors: (n,) frames between matched boundaries, the tolerance for a missed one.
+    confusion: (K, K) frames, rows the reference.
+    """
+
+    episode: int
+    agreement: float  # of frames in [0, 1]
+    iou: float  # mean over the reference's segments of the best overlap with one of the same subtask
+    errors: tuple[float, ...]
+    matched: int
+    missed: int
+    extra: int
+    retries_matched: int
+    retries_missed: int
+    retries_extra: int
+    confusion: np.ndarray
+
+
+def frame_labels(segments: Segments, names: list[str], length: int) -> np.ndarray:
+    """Index of the subtask of every frame, (length,) int64; a gap belongs to the segment before it."""
+    labels = np.full(length, names.index(segments[0].subtask), dtype=np.int64)
+    for segment in segments:
+        labels[segment.start :] = names.index(segment.subtask)
+    return labels
+
+
+def segments_of(labels: np.ndarray, names: list[str], shortest: int = 1) -> Segments:
+    """Segments of a label a frame; runs shorter than `shortest` frames belong to the run before them, a first one to
+    the run after it."""
+    labels = np.asarray(labels).copy()
+    for start, stop in _runs(labels)[1:]:
+        if stop - start < shortest:
+            labels[start:stop] = labels[start - 1]
+    first = _runs(labels)[0][1]
+    if first < min(shortest, len(labels)):
+        labels[:first] = labels[first]
+    return tuple(Segment(names[labels[start]], int(start), int(stop) - 1) for start, stop in _runs(labels))
+
+
+def compare(
+    reference: Segments, other: Segments, names: list[str], length: int, fps: float, episode: int = 0
+) -> Comparison:
+    """Compare two annotations of one episode and one head."""
+    a, b = frame_labels(reference, names, length), frame_labels(other, names, length)
+    confusion = np.zeros((len(names), len(names)), dtype=np.int64)
+    np.add.at(confusion, (a, b), 1)
+    limit = TOLERANCE * fps
+    ours, theirs = _boundaries(reference, names), _boundaries(other, names)
+    pairs = _match(ours, theirs, limit)
+    retries = [_match([x for x in ours if x[2]], [x for x in theirs if x[2]], limit)]
+    count, found = sum(x[2] for x in ours), len(retries[0])
+    return Comparison(
+        episode=episode,
+        agreement=float((a == b).mean()),
+        iou=float(np.mean([_best_overlap(s, other) for s in reference])),
+        errors=tuple(float(abs(x[0] - y[0])) for x, y in pairs) + (limit,) * (len(ours) - len(pairs)),
+        matched=len(pairs),
+        missed=len(ours) - len(pairs),
+        extra=len(theirs) - len(pairs),
+        retries_matched=found,
+        retries_missed=count - found,
+        retries_extra=sum(x[2] for x in theirs) - found,
+        confusion=confusion,
+    )
+
+
+def compare_all(
+    references: Mapping[int, Segments], annotations: Iterable[Annotation], head: str, names: list[str], fps: float
+) -> list[Comparison]:
+    """Compare every annotation that has a reference (episode: segments), in the order of the episodes."""
+    return [
+        compare(references[a.episode], a.head(head), names, a.length, fps, a.episode)
+        for a in annotations
+        if a.episode in references and a.head(head)
+    ]
+
+
+def summary(comparisons: list[Comparison], fps: float) -> dict[str, float | int | None]:
+    """One row of figures over several episodes: frames pooled, boundaries pooled, retries pooled."""
+    if not comparisons:
+        return {"episodes": 0}
+    errors = np.concatenate([c.errors for c in comparisons])
+    confusion = sum(c.confusion for c in comparisons)
+    found = sum(c.retries_matched for c in comparisons)
+    true = found + sum(c.retries_missed for c in comparisons)
+    said = found + sum(c.retries_extra for c in comparisons)
+    median = float(np.median(errors)) if len(errors) else 0.0
+    return {
+        "episodes": len(comparisons),
+        "frame_agreement": round(float(np.trace(confusion) / confusion.sum()), 4),
+        "segment_iou": round(float(np.mean([c.iou for c in comparisons])), 4),
+        "boundary_error_frames": round(median, 2),
+        "boundary_error_seconds": round(median / fps, 4),
+        "boundary_error_p90_frames": round(float(np.quantile(errors, 0.9)) if len(errors) else 0.0, 2),
+        "boundaries_missed": sum(c.missed for c in comparisons),
+        "boundaries_extra": sum(c.extra for c in comparisons),
+        "retries": true,
+        "retry_recall": round(found / true, 4) if true else None,
+        "retry_precision": round(found / said, 4) if said else None,
+    }
+
+
+def by_group(comparisons: list[Comparison], group_of: Mapping[int, str], fps: float) -> pd.DataFrame:
+    """`summary` of every group of episodes, and of all."""
+    groups = sorted({group_of[c.episode] for c in comparisons})
+    rows = {g: summary([c for c in comparisons if group_of[c.episode] == g], fps) for g in groups}
+    return pd.DataFrame(rows | {"all": summary(comparisons, fps)}).T
+
+
+def truth(dataset: Dataset, key: str, names: list[str]) -> dict[int, Segments]:
+    """Segments of every episode from a simulator's column `key`, an index into `names` a frame. For scoring only.
+
+    Raises DatasetError where the dataset has no such column, or it holds other indices.
+    """
+    if key not in dataset.features:
+        raise DatasetError(f"verify.truth_key: the dataset has no column {key!r}; null where there is no truth")
+    values = dataset.vectors(key)[:, 0].astype(np.int64)
+    if values.min() < 0 or values.max() >= len(names):
+        raise DatasetError(
+            f"verify.truth_key: {key} goes from {values.min()} to {values.max()}, names are {len(names)}"
+        )
+    shortest = max(1, round(FLICKER * dataset.fps))
+    return {e.index: segments_of(values[e.rows], names, shortest) for e in dataset.episodes}
+
+
+def suspicion(
+    annotations: list[Annotation], doubts: list[Finding], second: list[Annotation], vocabulary: dict[str, list[str]]
+) -> pd.DataFrame:
+    """Episodes by how much they need a look, worst first: `score` and `why`, indexed by episode.
+
+    The score adds what speaks against an annotation, each in [0, 1]: doubt about its least certain boundary, share of
+    frames that a second opinion labels otherwise, and half for each finding of `annotations.doubts`. What a person
+    marked or corrected scores 0.
+    """
+    opinions, rows = {a.episode: a for a in second}, []
+    for annotation in annotations:
+        if annotation.annotator in BY_HAND:
+            rows.append((annotation.episode, 0.0, ""))
+            continue
+        why: list[tuple[float, str]] = []
+        for head, values in (annotation.confidence or {}).items():
+            if values and min(values) < 0.95:
+                segment = annotation.head(head)[int(np.argmin(values))]
+                why.append(
+                    (
+                        1 - min(values),
+                        f"{head} {segment.subtask!r} from frame {segment.start}: confidence {min(values):.2f}",
+                    )
+                )
+        other = opinions.get(annotation.episode)
+        for head, names in vocabulary.items():
+            if other and other.head(head) and annotation.head(head):
+                labels = [frame_labels(a.head(head), names, annotation.length) for a in (annotation, other)]
+                share = float((labels[0] != labels[1]).mean())
+                if share > 0.05:
+                    why.append((share, f"{head}: {other.annotator} sees {share:.0%} of the frames otherwise"))
+        why += [
+            (0.5, f"{d.head} {d.subtask!r}, {d.rule}: {d.message}") for d in doubts if d.episode == annotation.episode
+        ]
+        score = sum(value for value, _ in why)
+        rows.append((annotation.episode, round(score, 3), "; ".join(text for _, text in sorted(why, reverse=True))))
+    table = pd.DataFrame(rows, columns=["episode", "score", "why"]).set_index("episode")
+    return table.sort_values("score", ascending=False, kind="stable")
+
+
+def confusion_table(comparisons: list[Comparison], names: list[str]) -> pd.DataFrame:
+    """Share of the reference's frames (rows) that the other annotation gives to each subtask (columns)."""
+    counts = sum((c.confusion for c in comparisons), np.zeros((len(names), len(names)), dtype=np.int64))
+    return pd.DataFrame(counts / np.maximum(counts.sum(1, keepdims=True), 1), index=names, columns=names)
+
+
+def _runs(labels: np.ndarray) -> list[tuple[int, int]]:
+    edges = np.flatnonzero(np.diff(labels)) + 1
+    return list(itertools.pairwise([0, *edges.tolist(), len(labels)]))
+
+
+def _boundaries(segments: Segments, names: list[str]) -> list[tuple[int, str, bool]]:
+    """(first frame, subtask that begins, whether that goes back) of every boundary but the episode's start."""
+    order = {name: k for k, name in enumerate(names)}
+    return [
+        (after.start, after.subtask, order[after.subtask] <= order[before.subtask])
+        for before, after in itertools.pairwise(segments)
+    ]
+
+
+def _match(ours: list, theirs: list, limit: float) -> list[tuple]:
+    """Pairs in order that lead into the same subtask within `limit` frames: as many as possible, then the nearest."""
+    n, m = len(ours), len(theirs)
+    best = np.zeros((n + 1, m + 1))
+    for i, j in itertools.product(range(n), range(m)):
+        gap = abs(ours[i][0] - theirs[j][0])
+        pair = best[i, j] + 1 - gap / (limit * (n + m + 1)) if ours[i][1] == theirs[j][1] and gap <= limit else -1.0
+        best[i + 1, j + 1] = max(best[i, j + 1], best[i + 1, j], pair)
+    pairs, i, j = [], n, m
+    while i and j:
+        if best[i, j] == best[i - 1, j]:
+            i -= 1
+        elif best[i, j] == best[i, j - 1]:
+            j -= 1
+        else:
+            pairs.append((ours[i - 1], theirs[j - 1]))
+            i, j = i - 1, j - 1
+    return pairs[::-1]
+
+
+def _best_overlap(segment: Segment, others: Segments) -> float:
+    """Intersection over union with the best segment of the same subtask, 0 where there is none."""
+    best = 0.0
+    for other in others:
+        if other.subtask == segment.subtask:
+            inside = min(segment.end, other.end) - max(segment.start, other.start) + 1
+            outside = max(segment.end, other.end) - min(segment.start, other.start) + 1
+            best = max(best, inside / outside)
+    return max(best, 0.0)

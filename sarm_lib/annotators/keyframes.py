@@ -1,0 +1,114 @@
+"""Boundaries from the robot's own signals, without a model and without marks.
+
+A subtask ends where the motion changes: the robot stops or turns, the gripper opens, closes or meets something. Peaks
+of that change are the *keyframes* of an episode. The pieces between them are aligned to the ordered vocabulary over all
+training episodes together: each subtask is a Gaussian over states and velocities, subtasks follow each other as in a
+hidden Markov model (back steps included), and both are fitted in turns. The shortest quarter of the episodes starts, cut
+into equal parts of the way that the robot covers, because they waste the least time.
+
+Nothing tells this annotator what the names mean; it only knows their order. Check it against a few marked episodes.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from scipy.signal import find_peaks
+
+from sarm_lib.agreement import segments_of
+from sarm_lib.annotations import SINGLE_STAGE, Annotation, AnnotationError, whole_episode
+from sarm_lib.annotators.sequences import Chain, best_path, chain, standardised, velocity
+from sarm_lib.dataset import Dataset, Episode, rows_of
+
+REACH = 0.1  # seconds before and after a frame over which motion is compared
+SHORTEST = 0.1  # seconds between keyframes
+PROMINENCE = 0.5  # of a peak, in standard deviations of the change signal
+ROUNDS = 15
+FLOOR = 0.1  # least standard deviation of a Gaussian, in standardised units
+
+
+class KeyframeAnnotator:
+    """Annotates any dataset with states. Raises AnnotationError where an episode is too short for the vocabulary."""
+
+    def __init__(self, dataset: Dataset, vocabulary: dict[str, list[str]]) -> None:
+        self.dataset, self.vocabulary = dataset, vocabulary
+        self.identity = {"annotator": "keyframes", "state_key": dataset.state_key}
+
+    def annotate(self, episodes: Sequence[Episode]) -> Iterator[Annotation]:
+        """Fit each head on the training episodes, then decode every episode."""
+        signals = motion(self.dataset)
+        fitted = {h: self._fit(names, signals) for h, names in self.vocabulary.items() if names != [SINGLE_STAGE]}
+        for episode in episodes:
+            segments = {head: whole_episode(episode) for head in self.vocabulary}
+            for head, (model, means, spreads) in fitted.items():
+                cuts = keyframes(signals[episode.rows], self.dataset.fps)
+                labels = _decode(signals[episode.rows], cuts, model, means, spreads)
+                segments[head] = segments_of(labels, self.vocabulary[head], shortest=2)
+            yield Annotation(episode.index, episode.length, "keyframes", segments.get("sparse"), segments.get("dense"))
+
+    def _fit(self, names: list[str], signals: np.ndarray) -> tuple[Chain, np.ndarray, np.ndarray]:
+        """Chain, means (K, D) and standard deviations (K, D) of the subtasks, in turns with the labels."""
+        training, count = self.dataset.split("train"), len(names)
+        order = np.arange(count)
+        short = sorted(training, key=lambda e: e.length)[: max(1, len(training) // 4)]
+        if short[0].length < 2 * count:
+            raise AnnotationError(
+                f"episode {short[0].index} has {short[0].length} frames: too short for {count} subtasks; "
+                "use fewer names, or leave the episode out (annotate.episodes)"
+            )
+        pieces = {e.index: (signals[e.rows], keyframes(signals[e.rows], self.dataset.fps)) for e in training}
+        used, labels = short, [_equal_parts(signals[e.rows], count) for e in short]
+        model = chain([], order)
+        for turn in range(ROUNDS):
+            frames = np.concatenate([signals[e.rows] for e in used])
+            means, spreads = _gaussians(frames, np.concatenate(labels), count)
+            used = short if turn < ROUNDS // 3 else training
+            labels = [_decode(*pieces[e.index], model, means, spreads) for e in used]
+            model = chain(labels, order)
+        return model, means, spreads
+
+
+def motion(dataset: Dataset) -> np.ndarray:
+    """(N, 2 D) states and their velocities, standardised over the training frames."""
+    rows = rows_of(dataset.split("train"))
+    states = standardised(dataset.states.astype(np.float64), rows)
+    return np.concatenate([states, standardised(velocity(dataset, states), rows)], axis=1)
+
+
+def keyframes(signals: np.ndarray, fps: float) -> np.ndarray:
+    """Frames of an episode at which its motion (T, 2 D) changes most, ascending, without 0."""
+    reach = max(1, round(REACH * fps))
+    moving = signals[:, signals.shape[1] // 2 :]
+    length = len(moving)
+    total = np.concatenate([np.zeros((1, moving.shape[1])), np.cumsum(moving, axis=0)])
+    at = np.arange(length)
+    before, after = np.maximum(at - reach, 0), np.minimum(at + reach, length)
+    past = (total[at] - total[before]) / np.maximum(at - before, 1)[:, None]
+    future = (total[after] - total[at]) / np.maximum(after - at, 1)[:, None]
+    change = np.linalg.norm(future - past, axis=1)
+    change[0] = 0
+    peaks, _ = find_peaks(change, distance=max(2, round(SHORTEST * fps)), prominence=PROMINENCE * change.std())
+    return peaks
+
+
+def _equal_parts(signals: np.ndarray, count: int) -> np.ndarray:
+    """Labels that cut the way which the robot covers into equal parts, (T,)."""
+    way = np.cumsum(np.linalg.norm(signals[:, signals.shape[1] // 2 :], axis=1))
+    return np.minimum((way / way[-1] * count).astype(np.int64), count - 1)
+
+
+def _gaussians(frames: np.ndarray, states: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    means, spreads = np.zeros((count, frames.shape[1])), np.ones((count, frames.shape[1]))
+    for k in range(count):
+        if (states == k).sum() > 1:  # a subtask that nothing was given to keeps the whole data's spread
+            means[k], spreads[k] = frames[states == k].mean(0), np.maximum(frames[states == k].std(0), FLOOR)
+    return means, spreads
+
+
+def _decode(signals: np.ndarray, cuts: np.ndarray, model: Chain, means: np.ndarray, spreads: np.ndarray) -> np.ndarray:
+    """Label of every frame (T,), constant between keyframes."""
+    z = (signals[:, None, :] - means) / spreads
+    frame = -0.5 * (z**2).sum(-1) - np.log(spreads).sum(-1)
+    starts = np.concatenate([[0], cuts])
+    piece = np.add.reduceat(frame, starts, axis=0)
+    lengths = np.diff(np.concatenate([starts, [len(signals)]]))
+    return np.repeat(best_path(piece, model), lengths)

@@ -1,0 +1,221 @@
+"""A person marks a few episodes, and a sequence model carries the marks to all others.
+
+The model is a small dilated temporal convolution over frozen embeddings and robot states, an ensemble of a few seeds,
+trained on the marked episodes alone (seconds). Its frame probabilities are decoded by a hidden Markov model whose
+transitions are counted in the marks. Both heads are decoded together, as pairs (sparse, dense) that the marks show, so
+that they never contradict each other.
+
+Each boundary carries a confidence: the probability, by the same model, that it lies within `WITHIN` seconds of where it
+is put. Check the doubtful ones, mark one or two of them, and run again.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sarm_lib.agreement import segments_of
+from sarm_lib.annotations import Annotation, AnnotationError
+from sarm_lib.annotators.sequences import Chain, best_path, chain, entries, standardised, velocity
+from sarm_lib.artifacts import digest
+from sarm_lib.dataset import Dataset, Episode, rows_of
+from sarm_lib.encoder import Embeddings
+
+COMPONENTS = 8  # principal components of each camera's embeddings
+WIDTH, LAYERS, DROPOUT = 48, 4, 0.3
+STEPS, LEARNING_RATE, WEIGHT_DECAY, NOISE, SMOOTHING = 250, 3e-3, 1e-2, 0.3, 0.05
+MEMBERS = 5  # of the ensemble
+SHARPNESS = 0.5  # neighbouring frames are not independent evidence
+WITHIN = 0.1  # seconds
+
+
+class PropagateAnnotator:
+    """Carries `marks` of training episodes to every episode. Raises AnnotationError where they do not suffice."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        embeddings: Embeddings,
+        marks: list[Annotation],
+        vocabulary: dict[str, list[str]],
+        seed: int,
+    ) -> None:
+        training = {episode.index: episode for episode in dataset.split("train")}
+        self.dataset, self.heads, self.names, self.seed = dataset, tuple(vocabulary), vocabulary, seed
+        self.embeddings, self.marks = embeddings, [mark for mark in marks if mark.episode in training]
+        if not self.marks:
+            raise AnnotationError(
+                "annotate.marks: no training episode is marked. Mark a few in notebook 01 (it suggests which), then run again"
+            )
+        shown = {head: {s.subtask for mark in self.marks for s in mark.head(head)} for head in self.heads}
+        for head in self.heads:
+            missing = [name for name in vocabulary[head] if name not in shown[head]]
+            if missing:
+                raise AnnotationError(
+                    f"annotate.marks: no marked training episode shows {head} {missing[0]!r}: mark one that does"
+                )
+        self.identity = {
+            "annotator": "propagate",
+            "marks": digest([[m.episode, *(str(m.head(h)) for h in self.heads)] for m in self.marks]),
+            "encoder": embeddings.encoder_identity,
+            "cameras": sorted(embeddings.cameras),
+            "seed": seed,
+        }
+
+    def annotate(self, episodes: Sequence[Episode]) -> Iterator[Annotation]:
+        """Marked episodes as they were marked, all others decoded; both heads, with confidences."""
+        features, labels, states = self._features(), *self._states()
+        where = {episode.index: episode for episode in self.dataset.episodes}
+        examples = [(features[where[e].rows], y) for e, y in labels.items()]
+        order = np.array([[self.names[h].index(n) for h, n in zip(self.heads, s)] for s in states])
+        model = chain(list(labels.values()), np.lexsort(order.T).argsort())
+        ensemble = [train(examples, len(states), self.seed + i) for i in range(MEMBERS)]
+        marked = {mark.episode: mark for mark in self.marks}
+        for episode in episodes:
+            if episode.index in marked:
+                yield marked[episode.index]
+            else:
+                evidence = SHARPNESS * predict(ensemble, features[episode.rows])
+                yield self._decode(episode, evidence, model, states)
+
+    def _features(self) -> np.ndarray:
+        """(N, D) float32: principal components of the embeddings, states, and how the states change."""
+        rows = rows_of(self.dataset.split("train"))
+        parts = []
+        for camera in self.embeddings.cameras.values():
+            parts.append(standardised(principal_components(np.asarray(camera), rows, COMPONENTS), rows))
+        states = standardised(self.dataset.states.astype(np.float64), rows)
+        parts += [states, standardised(velocity(self.dataset, states), rows)]
+        return np.concatenate(parts, axis=1).astype(np.float32)
+
+    def _states(self) -> tuple[dict[int, np.ndarray], list[tuple[str, ...]]]:
+        """Labels of every marked episode (episode: (T,) int), and the names that a label stands for, by head."""
+        names = {mark.episode: _names_of_frames(mark, self.heads) for mark in self.marks}
+        states = sorted({pair for pairs in names.values() for pair in pairs})
+        return {e: np.array([states.index(pair) for pair in pairs]) for e, pairs in names.items()}, states
+
+    def _decode(self, episode: Episode, log_likelihood: np.ndarray, model: Chain, states: list[tuple]) -> Annotation:
+        path, begin = best_path(log_likelihood, model), entries(log_likelihood, model)
+        reach = max(1, round(WITHIN * self.dataset.fps))
+        segments, confidence = {}, {}
+        for i, head in enumerate(self.heads):
+            names = self.names[head]
+            of_state = np.array([names.index(state[i]) for state in states])
+            segments[head] = segments_of(of_state[path], names, shortest=max(2, reach // 2))
+            confidence[head] = tuple(
+                1.0 if s.start == 0 else _probability(begin, of_state == names.index(s.subtask), s.start, reach)
+                for s in segments[head]
+            )
+        return Annotation(
+            episode.index,
+            episode.length,
+            "propagate",
+            segments.get("sparse"),
+            segments.get("dense"),
+            confidence,
+            {"marks": [mark.episode for mark in self.marks]},
+        )
+
+
+def suggest(dataset: Dataset, embeddings: Embeddings, count: int, split: str = "train") -> list[int]:
+    """Episodes worth marking first: together they are nearest to all episodes of the split (greedy k-medoids).
+
+    An episode is described by how its states and embeddings are distributed, how fast they change, and its length.
+    """
+    rows = rows_of(dataset.split("train"))
+    parts = [principal_components(np.asarray(c), rows, COMPONENTS) for c in embeddings.cameras.values()]
+    values = standardised(np.concatenate([*parts, dataset.states], axis=1), rows)
+    episodes = dataset.split(split)
+    described = np.stack([_describe(values[episode.rows]) for episode in episodes])
+    described = standardised(described, np.arange(len(episodes)))
+    distance = np.linalg.norm(described[:, None] - described[None], axis=-1)
+    chosen: list[int] = []
+    nearest = np.full(len(episodes), distance.max() + 1)
+    for _ in range(min(count, len(episodes))):
+        gain = np.maximum(nearest[None] - distance, 0).sum(1)
+        gain[chosen] = -1
+        chosen.append(int(gain.argmax()))
+        nearest = np.minimum(nearest, distance[chosen[-1]])
+    return [episodes[i].index for i in chosen]
+
+
+def principal_components(values: np.ndarray, rows: np.ndarray, count: int) -> np.ndarray:
+    """(N, count) projections on the first principal components of `rows` (at most 5,000 of them are looked at)."""
+    some = values[rows[:: max(1, len(rows) // 5000)]].astype(np.float64)
+    mean = some.mean(0)
+    _, vectors = np.linalg.eigh((some - mean).T @ (some - mean))
+    axes = vectors[:, ::-1][:, :count]
+    axes = axes * np.sign(axes[np.abs(axes).argmax(0), np.arange(axes.shape[1])])  # the sign is arbitrary: fix it
+    return (values - mean) @ axes
+
+
+class TemporalNet(nn.Module):
+    """(B, D, T) features to (B, K, T) logits; sees 31 frames around each."""
+
+    def __init__(self, inputs: int, states: int) -> None:
+        super().__init__()
+        self.enter = nn.Conv1d(inputs, WIDTH, 1)
+        self.wide = nn.ModuleList(nn.Conv1d(WIDTH, WIDTH, 3, padding=2**i, dilation=2**i) for i in range(LAYERS))
+        self.mix = nn.ModuleList(nn.Conv1d(WIDTH, WIDTH, 1) for _ in range(LAYERS))
+        self.drop = nn.Dropout(DROPOUT)
+        self.leave = nn.Conv1d(WIDTH, states, 1)
+
+    def forward(self, x: Tensor, valid: Tensor) -> Tensor:
+        h = self.enter(self.drop(x)) * valid
+        for wide, mix in zip(self.wide, self.mix):
+            h = (h + self.drop(mix(torch.relu(wide(h))))) * valid
+        return self.leave(h)
+
+
+def train(examples: list[tuple[np.ndarray, np.ndarray]], states: int, seed: int) -> TemporalNet:
+    """One member of the ensemble from (features (T, D), labels (T,)) of the marked episodes."""
+    longest, width = max(len(y) for _, y in examples), examples[0][0].shape[1]
+    x, y = torch.zeros(len(examples), width, longest), torch.full((len(examples), longest), -100)
+    valid = torch.zeros(len(examples), 1, longest)
+    for i, (features, labels) in enumerate(examples):
+        x[i, :, : len(labels)] = torch.from_numpy(features.T.copy())
+        y[i, : len(labels)] = torch.from_numpy(labels)
+        valid[i, :, : len(labels)] = 1
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = TemporalNet(width, states)
+        optimizer = torch.optim.AdamW(net.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=STEPS)
+        for _ in range(STEPS):
+            logits = net(x + NOISE * torch.randn_like(x) * valid, valid)
+            loss = nn.functional.cross_entropy(logits, y, ignore_index=-100, label_smoothing=SMOOTHING)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return net.eval()
+
+
+@torch.no_grad()
+def predict(ensemble: list[TemporalNet], features: np.ndarray) -> np.ndarray:
+    """Log of the members' mean probabilities, (T, K)."""
+    x = torch.from_numpy(features.T.copy())[None]
+    valid = torch.ones(1, 1, x.shape[-1])
+    probability = torch.stack([net(x, valid)[0].softmax(0) for net in ensemble]).mean(0)
+    return probability.T.log().double().numpy()
+
+
+def _names_of_frames(mark: Annotation, heads: Sequence[str]) -> list[tuple[str, ...]]:
+    columns = []
+    for head in heads:
+        names = [mark.head(head)[0].subtask] * mark.length
+        for segment in mark.head(head):  # a gap belongs to the segment before it
+            names[segment.start :] = [segment.subtask] * (mark.length - segment.start)
+        columns.append(names)
+    return list(zip(*columns))
+
+
+def _probability(begin: np.ndarray, states: np.ndarray, start: int, reach: int) -> float:
+    """That one of `states` begins within `reach` frames of `start`."""
+    return round(float(min(1.0, begin[max(0, start - reach) : start + reach + 1, states].sum())), 4)
+
+
+def _describe(values: np.ndarray) -> np.ndarray:
+    speed = np.abs(np.diff(values, axis=0)).mean(0) if len(values) > 1 else np.zeros(values.shape[1])
+    return np.concatenate([values.mean(0), values.std(0), speed, [3 * np.log(len(values))]])

@@ -1,0 +1,129 @@
+"""Labels that the dataset already carries, in any of the forms in which LeRobot's tools and others leave them:
+
+    meta/episodes   {head}_subtask_names, _start_frames, _end_frames (or _start_times, _end_times in seconds)
+    data            language_persistent: rows of style "subtask", each from its timestamp until the next
+    data            subtask_index, an index into meta/subtasks.parquet a frame
+
+Episode columns say which head they are of; labels of frames go to the head whose vocabulary has all their names.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+
+from sarm_lib.agreement import segments_of
+from sarm_lib.annotations import SINGLE_STAGE, Annotation, AnnotationError, Segment, whole_episode
+from sarm_lib.annotators import Failure
+from sarm_lib.artifacts import digest
+from sarm_lib.dataset import Dataset, Episode
+
+LANGUAGE, INDEX = "language_persistent", "subtask_index"
+Labels = dict[int, tuple[Segment, ...]]  # by episode
+
+
+class RecordedAnnotator:
+    """Reads the labels once. Raises AnnotationError with the names that the dataset has, where none fit a head."""
+
+    def __init__(self, dataset: Dataset, vocabulary: dict[str, list[str]]) -> None:
+        self.vocabulary = vocabulary
+        columns = {head: _episode_columns(dataset, head) for head in vocabulary}
+        frames = _language(dataset) or _subtask_index(dataset)
+        self.labels = {head: columns[head] or frames for head in vocabulary}
+        for head, names in vocabulary.items():
+            if names == [SINGLE_STAGE]:
+                self.labels[head] = {e.index: whole_episode(e) for e in dataset.episodes}
+                continue
+            found = {s.subtask for segments in self.labels[head].values() for s in segments}
+            if not found:
+                raise AnnotationError(
+                    f"annotate.annotator dataset: it carries no {head} labels (looked for {head}_subtask_names in "
+                    f"meta/episodes, {LANGUAGE} and {INDEX} in the data)"
+                )
+            if not found & set(names):
+                raise AnnotationError(
+                    f"annotate.{head}_subtasks: none of these names is in the dataset; its labels are "
+                    f"{', '.join(sorted(found))}"
+                )
+        self.identity = {
+            "annotator": "dataset",
+            "labels": digest({h: sorted(map(str, v.items())) for h, v in self.labels.items()}),
+        }
+
+    def annotate(self, episodes: Sequence[Episode]) -> Iterator[Annotation | Failure]:
+        for episode in episodes:
+            segments = {head: self.labels[head].get(episode.index) for head in self.vocabulary}
+            missing = [head for head, value in segments.items() if not value]
+            if missing:
+                yield Failure(episode.index, f"the dataset has no {missing[0]} labels for it")
+            else:
+                yield Annotation(
+                    episode.index, episode.length, "dataset", segments.get("sparse"), segments.get("dense")
+                )
+
+
+def _episode_columns(dataset: Dataset, head: str) -> Labels:
+    """Segments from the columns of meta/episodes; the sparse ones also under their older names without prefix."""
+    table = dataset.table
+    for prefix in (f"{head}_", "") if head == "sparse" else (f"{head}_",):
+        names, starts, ends = (f"{prefix}subtask_{x}" for x in ("names", "start_frames", "end_frames"))
+        start_times, end_times = f"{prefix}subtask_start_times", f"{prefix}subtask_end_times"
+        if names not in table or not ({starts, ends} <= set(table) or {start_times, end_times} <= set(table)):
+            continue
+        labels = {}
+        for row in table.to_dict("records"):
+            if not isinstance(row[names], np.ndarray | list) or not len(row[names]):
+                continue
+            if starts in row:
+                bounds = zip(row[names], row[starts], row[ends])
+            else:
+                frame = dataset.fps
+                bounds = (
+                    (n, round(s * frame), round(e * frame))
+                    for n, s, e in zip(row[names], row[start_times], row[end_times])
+                )
+            labels[int(row["episode_index"])] = tuple(Segment(str(n), int(s), int(e)) for n, s, e in bounds)
+        if labels:
+            return labels
+    return {}
+
+
+def _language(dataset: Dataset) -> Labels:
+    """Segments from LeRobot's persistent language rows: a subtask holds from its timestamp until the next begins."""
+    if LANGUAGE not in dataset.features:
+        return {}
+    starts: dict[int, dict[float, str]] = {}
+    for path in sorted(dataset.root.glob("data/**/*.parquet")):
+        for row in pq.read_table(path, columns=["episode_index", LANGUAGE]).to_pylist():
+            for said in row[LANGUAGE] or ():
+                if said["style"] == "subtask" and said["content"]:
+                    starts.setdefault(row["episode_index"], {})[float(said["timestamp"])] = said["content"]
+    labels = {}
+    for episode in dataset.episodes:
+        begun = [
+            (min(round(t * dataset.fps), episode.length - 1), n)
+            for t, n in sorted(starts.get(episode.index, {}).items())
+        ]
+        if begun:
+            ends = [start - 1 for start, _ in begun[1:]] + [episode.length - 1]
+            labels[episode.index] = tuple(Segment(n, start, end) for (start, n), end in zip(begun, ends))
+    return labels
+
+
+def _subtask_index(dataset: Dataset) -> Labels:
+    """Segments from an index a frame into meta/subtasks.parquet."""
+    path = dataset.root / "meta/subtasks.parquet"
+    if INDEX not in dataset.features or not path.exists():
+        return {}
+    table = pd.read_parquet(path)
+    named = (
+        table.set_index("subtask_index")["subtask"]
+        if "subtask" in table
+        else table.reset_index().set_index("subtask_index").iloc[:, 0]
+    )
+    names = [str(named[k]) for k in sorted(named.index)]
+    values = dataset.vectors(INDEX)[:, 0].astype(np.int64)
+    position = {k: i for i, k in enumerate(sorted(named.index))}
+    indices = np.array([position[v] for v in values])
+    return {e.index: segments_of(indices[e.rows], names) for e in dataset.episodes}

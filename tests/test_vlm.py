@@ -1,0 +1,352 @@
+"""The question to a vision-language model, and the whole path of a local one on a tiny Qwen3-VL."""
+
+import itertools
+import json
+import os
+import re
+import shutil
+import time
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from sarm_lib import annotations
+from sarm_lib.annotations import Annotation, AnnotationError
+from sarm_lib.annotators import Failure, question
+from sarm_lib.annotators.vlm import VlmAnnotator
+from sarm_lib.dataset import open_dataset
+from tests.tiny_vlm import MANY, VOCABULARY, Clips, ask_here, kill_and_go_on, make_tokenizer, make_vlm
+
+NAMES = VOCABULARY["dense"]
+LENGTHS = [5, 14, 16, 20, 35, 60, 90, 121]
+
+
+@pytest.fixture(scope="session")
+def vlm(tmp_path_factory):
+    return make_vlm(tmp_path_factory.mktemp("vlm") / "tiny")
+
+
+# --- the question ---------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(2, 5000), st.sampled_from([5, 10, 24, 30, 40, 80]), st.floats(0.1, 60), st.integers(2, 200))
+def test_the_first_and_the_last_frame_are_shown(length, fps, frames_per_second, max_frames):
+    frames = question.frames_to_show(length, fps, frames_per_second, max_frames)
+    assert frames[0] == 0 and frames[-1] == length - 1
+    assert frames == sorted(set(frames)) and len(frames) <= max_frames
+
+
+def test_a_short_episode_is_asked_finely_and_a_long_one_within_a_second():
+    for seconds, size in ((2, "0.1"), (90, "0.1"), (150, "0.1"), (300, "0.2"), (750, "0.5"), (7500, "5")):
+        steps = question.time_steps(30 * seconds, 30, 0.1)
+        assert steps.size == Decimal(size)
+        assert len(steps.texts) <= question.MAX_STEPS and steps.max_segments <= question.MAX_SEGMENTS
+        assert float(steps.texts[-1]) == pytest.approx(seconds - steps.gap * float(steps.size))
+
+
+def valid(text: str, length: int, fps: float) -> bool:
+    """Whether `parse` accepts; what it accepts must pass the gate and cover the episode."""
+    try:
+        segments = question.parse(text, NAMES, length, fps)
+    except AnnotationError as error:
+        assert str(error)
+        return False
+    annotations.validate(Annotation(0, length, "test", None, segments), {"dense": NAMES}, length)
+    assert segments[0].start == 0 and segments[-1].end == length - 1
+    assert all(before.end + 1 == after.start for before, after in itertools.pairwise(segments))
+    return True
+
+
+@settings(max_examples=1000, deadline=None)
+@given(st.text())
+@example("[" * 100_000)
+@example('{"segments": [{"start": ' + "9" * 5000 + "}]}")
+@example('{"segments": [{"start": NaN, "subtask": "reach the nut"}]}')
+@example('{"segments": [{"start": 1e999, "subtask": "reach the nut"}]}')
+@example('{"segments": [{"start": false, "subtask": "reach the nut"}]}')
+@example('{"segments": [{"start": 0, "subtask": ["reach the nut"]}]}')
+@example('{"segments": [{"start": 0, "subtask": "\\ud800"}]}')
+def test_any_text_is_refused_with_a_reason_or_valid(text):
+    valid(text, 20, 10)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(NAMES),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=5,
+)
+moments = st.integers(0, 25).map(lambda tenths: tenths / 10) | st.floats(-1, 3) | json_values
+segment = st.fixed_dictionaries({"start": moments, "subtask": st.sampled_from(NAMES) | json_values})
+
+
+@settings(max_examples=1500, deadline=None)
+@given(
+    st.lists(segment | json_values, max_size=4) | json_values, st.booleans(), st.integers(0, 200), st.integers(0, 99)
+)
+def test_an_answer_that_is_nearly_right_is_refused_with_a_reason_or_valid(answer, wrapped, cut, byte):
+    text = json.dumps({"segments": answer} if wrapped else answer)
+    valid(text, 20, 10)
+    valid(text[:cut] + chr(32 + byte) + text[cut + 1 :], 20, 10)
+
+
+@pytest.mark.parametrize(
+    ("segments", "reason"),
+    [
+        ([(0.0, "grab")], "segment 1: unknown subtask 'grab'; known are reach the nut, grasp the nut"),
+        ([(0.3, NAMES[0])], "segment 1 ('reach the nut') starts at 0.3 seconds; the first has to start at 0"),
+        ([(0, NAMES[0]), (0.1, NAMES[1])], "which starts at 0, by two frames (0.200 seconds) or more"),
+        ([(0, NAMES[0]), (2.0, NAMES[1])], "starts at 2.0, not a time from 0 to 2.00 seconds"),
+        ([(0, NAMES[0]), (1.9, NAMES[1])], "the last segment starts at 1.9 seconds, where the video ends"),
+        ([], "or an empty one"),
+    ],
+)
+def test_what_is_wrong_with_an_answer_is_said(segments, reason):
+    text = json.dumps({"segments": [{"start": time, "subtask": name} for time, name in segments]})
+    with pytest.raises(AnnotationError) as error:
+        question.parse(text, NAMES, 20, 10)
+    assert reason in str(error.value)
+
+
+@pytest.fixture(scope="session")
+def compiler():
+    import xgrammar
+
+    tokenizer = make_tokenizer()
+    return xgrammar.GrammarCompiler(xgrammar.TokenizerInfo.from_huggingface(tokenizer, stop_token_ids=0))
+
+
+def accepts(compiled, text: str) -> bool:
+    import xgrammar
+
+    matcher = xgrammar.GrammarMatcher(compiled, terminate_without_stop_token=True)
+    return matcher.accept_string(text) and matcher.is_terminated()
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_the_grammar_accepts_what_is_valid_and_nothing_else(compiler, data):
+    fps = data.draw(st.sampled_from([5, 10, 24, 30]))
+    length = data.draw(
+        st.integers(2, 60) | st.integers(90, 130) | st.integers(990, 1100)
+    )  # 1 to 3 digits before the point
+    resolution = data.draw(st.sampled_from([1, 2.5] if length > 200 else [0.05, 0.1, 0.25, 1]))
+    steps = question.time_steps(length, fps, resolution)
+    compiled = compiler.compile_grammar(question.grammar(NAMES, steps))
+    chosen = data.draw(st.lists(st.integers(1, len(steps.texts) + 3), max_size=4))
+    if data.draw(st.booleans()):
+        chosen = sorted(set(chosen))
+    chosen = [0, *chosen] if data.draw(st.booleans()) else chosen
+    names = [data.draw(st.sampled_from([*NAMES, "grab"])) for _ in chosen]
+    size, places = steps.size, len(steps.texts[0]) - 2
+    items = (
+        f'{{"start": {i * size:.{places}f}, "subtask": {json.dumps(n, ensure_ascii=False)}}}'
+        for i, n in zip(chosen, names)
+    )
+    text = f'{{"segments": [{", ".join(items)}]}}'
+    apart = all(b - a >= steps.gap for a, b in itertools.pairwise(chosen)) and chosen[:1] == [0]
+    inside = apart and chosen[-1] < len(steps.texts) and "grab" not in names
+    assert accepts(compiled, text) == inside
+    if inside:
+        assert valid(text, length, fps)
+        assert len(text.encode()) < question.max_tokens(NAMES, steps)
+
+
+def test_the_longest_answer_fits():
+    steps = question.time_steps(400, 40, 0.1)
+    name = max(NAMES, key=lambda name: len(json.dumps(name, ensure_ascii=False).encode()))
+    starts = [float(text) for text in steps.texts[:: steps.gap]]
+    text = json.dumps({"segments": [{"start": t, "subtask": name} for t in starts]}, ensure_ascii=False)
+    assert len(starts) == steps.max_segments and valid(text, 400, 40)
+    assert len(text.encode()) < question.max_tokens(NAMES, steps)
+
+
+def test_a_schema_is_small_however_long_the_episode(compiler):
+    for length in (20, 900, 90_000):
+        schema = question.json_schema(NAMES, question.time_steps(length, 30, 0.1))
+        compiled = compiler.compile_json_schema(json.dumps(schema), any_whitespace=False)
+        assert accepts(compiled, '{"segments": [{"start": 0.0, "subtask": "reach the nut"}]}')
+        assert not accepts(compiled, '{"segments": [{"start": 0.0, "subtask": "grab"}]}')
+        assert len(json.dumps(schema)) < 10_000
+
+
+# --- the local model ------------------------------------------------------------------------------------------------
+
+
+def test_hundreds_of_answers_are_valid(vlm):
+    dataset = Clips(LENGTHS * 20)
+    asked = ask_here(vlm, dataset, batch_size=80, temperature=1.5, frames_per_second=1)
+    results = list(asked.annotate(dataset.episodes))
+    assert [result.episode for result in results] == list(range(160))
+    answers = 0
+    for result in results:
+        annotations.validate(result, VOCABULARY, dataset.episodes[result.episode].length)
+        for head in VOCABULARY:
+            said = result.provenance["answers"][head]
+            assert asked.question(dataset.episodes[result.episode], head).parse(said["answer"]) == result.head(head)
+            assert said["refused"] == [] and said["prompt"].startswith("The video shows")
+            answers += 1
+    assert answers == 320
+    names = [[s.subtask for s in result.dense] for result in results]
+    assert len({tuple(n) for n in names}) > 50 and any(len(n) > len(set(n)) for n in names)
+    assert {name for n in names for name in n} == set(NAMES)
+    assert json.loads(json.dumps(results[0].provenance)) == results[0].provenance
+    assert str(vlm.parent) not in json.dumps(results[0].provenance)
+
+
+def test_frames_reach_the_model_with_their_true_times(vlm):
+    dataset = Clips([46, 31], fps=30)
+    asked = ask_here(vlm, dataset, frames_per_second=10)
+    questions = [asked.question(episode, "dense") for episode in dataset.episodes]
+    clips = [(asked.shown(episode), asked.frames(episode)) for episode in dataset.episodes]
+    inputs = asked._loaded.inputs(questions, clips)
+    counts = inputs["video_grid_thw"][:, 0].tolist()
+    assert counts == [len(indices) for indices, _ in clips] == [16, 11]
+    tokenizer = asked._loaded.processor.tokenizer
+    per_frame = inputs["video_grid_thw"][0, 1:].prod().item()
+    pixels = inputs["pixel_values_videos"].reshape(sum(counts), per_frame, -1).mean((1, 2))
+    for row, (indices, frames) in enumerate(clips):
+        text = tokenizer.decode(inputs["input_ids"][row])
+        stamps = re.findall(r"<([0-9.]+) seconds><\|vision_start\|>(?:<\|video_pad\|>)+<\|vision_end\|>", text)
+        assert stamps == [f"{index / 30:.1f}" for index in indices]
+        assert text.count("<|video_pad|>") == counts[row] * per_frame // 4
+        assert f'"{dataset.tasks[row]}"' in text and text.endswith("<|im_start|>assistant\n")
+        grey = (pixels[sum(counts[:row]) :][: counts[row]] + 1) * 127.5
+        assert grey.tolist() == pytest.approx(frames.mean((1, 2, 3)).tolist(), abs=0.01)
+
+
+def test_an_answer_depends_on_the_seed_and_not_on_its_batch(vlm):
+    dataset = Clips([20, 14, 8])
+    together, alone = (list(ask_here(vlm, dataset, batch_size=n).annotate(dataset.episodes)) for n in (3, 1))
+    assert together == alone
+    again = list(ask_here(vlm, dataset, seed=1).annotate(dataset.episodes))
+    assert [result.dense for result in again] != [result.dense for result in together]
+
+
+def test_greedy_answers_repeat(vlm):
+    dataset = Clips([8, 12])
+    first, second = (list(ask_here(vlm, dataset, temperature=0.0, seed=s).annotate(dataset.episodes)) for s in (0, 1))
+    assert [(r.sparse, r.dense) for r in first] == [(r.sparse, r.dense) for r in second]
+
+
+def test_a_mixture_of_experts_answers_too(tmp_path):
+    dataset = Clips([20, 30])
+    asked = ask_here(make_vlm(tmp_path / "moe", experts=True), dataset)
+    assert all(isinstance(result, Annotation) for result in asked.annotate(dataset.episodes))
+    needs = asked.estimate(dataset.episodes)
+    experts = sum(p.numel() for n, p in asked._loaded.model.named_parameters() if ".experts." in n)
+    assert needs.parameters == asked._loaded.model.num_parameters()
+    assert needs.active_parameters == needs.parameters - experts / 2
+
+
+def test_a_head_of_one_stage_is_not_asked_about(vlm):
+    dataset = Clips([20])
+    names = {"sparse": [annotations.SINGLE_STAGE], "dense": NAMES}
+    asked = VlmAnnotator(dataset, names, model=str(vlm), device="cpu")
+    (result,) = asked.annotate(dataset.episodes)
+    assert result.sparse == annotations.whole_episode(dataset.episodes[0])
+    assert list(result.provenance["answers"]) == ["dense"]
+    nothing = VlmAnnotator(dataset, {"sparse": names["sparse"]}, model="no such model")
+    (result,) = nothing.annotate(dataset.episodes)
+    assert result.sparse == annotations.whole_episode(dataset.episodes[0]) and result.dense is None
+
+
+def test_a_video_is_annotated(vlm, tiny):
+    dataset = open_dataset(tiny)
+    results = list(ask_here(vlm, dataset).annotate(dataset.episodes))
+    assert [result.length for result in results] == [episode.length for episode in dataset.episodes]
+    assert all(isinstance(result, Annotation) for result in results)
+
+
+def test_an_invalid_answer_is_asked_for_again_and_then_a_failure(vlm, monkeypatch):
+    """With a grammar that knows no time, half of the answers are wrong."""
+
+    def loose(names, steps):
+        kept = [rule for rule in strict(names, steps).splitlines() if rule.startswith(("body", "name", "next", "end"))]
+        root = 'root ::= "{\\"segments\\": [{\\"start\\": 0.0" body (next time body)? (next time body)? end'
+        return "\n".join([root, 'time ::= [0-2] "." [0-9]', *kept])
+
+    strict = question.grammar
+    monkeypatch.setattr(question, "grammar", loose)
+    dataset = Clips([20] * 12)
+    asked = ask_here(vlm, dataset, batch_size=12, max_attempts=2)
+    results = list(asked.annotate(dataset.episodes))
+    failures = [result for result in results if isinstance(result, Failure)]
+    assert failures and len(failures) < len(results)
+    assert all("no valid answer in 2 tries; the last: " in failure.reason for failure in failures)
+    for result in results:
+        if isinstance(result, Annotation):
+            annotations.validate(result, VOCABULARY)
+            for head, said in result.provenance["answers"].items():
+                tries = len(said["refused"])
+                assert said["seed"] == asked.try_seed(asked.question(dataset.episodes[result.episode], head), tries)
+
+
+def test_one_bad_episode_fails_alone(vlm):
+    dataset = Clips([20, 30, 1, 25], broken=(1,))
+    results = list(ask_here(vlm, dataset).annotate(dataset.episodes))
+    assert [type(result) for result in results] == [Annotation, Failure, Failure, Annotation]
+    assert results[1].reason == "DatasetError: episode 1, observation.images.front: file-000.mp4 is missing"
+    assert "the last segment starts at 0.0 seconds, where the video ends" in results[2].reason
+
+
+def test_a_model_that_is_not_there_is_one_clear_error(tmp_path):
+    dataset = Clips([20, 30])
+    with pytest.raises(AnnotationError, match="cannot load the processor of"):
+        list(ask_here(tmp_path / "nothing", dataset).annotate(dataset.episodes))
+
+
+def test_the_estimate_reads_no_weights(vlm, tmp_path):
+    dataset = Clips(LENGTHS)
+    counted = ask_here(vlm, dataset)._loaded.model.num_parameters()
+    bare = shutil.copytree(vlm, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
+    asked = ask_here(bare, dataset, num_workers=2)
+    needs = asked.estimate(dataset.episodes)
+    assert needs.parameters == needs.active_parameters == counted
+    assert needs.questions == 16 and needs.seconds > 0
+    assert needs.weights_gib == pytest.approx(counted * 4 / 2**30)
+    question_ = asked.question(dataset.episodes[-1], "dense")
+    clip = (asked.shown(dataset.episodes[-1]), asked.frames(dataset.episodes[-1]))
+    tokens = ask_here(vlm, dataset)._loaded.inputs([question_], [clip])["input_ids"].shape[1]
+    assert needs.tokens == pytest.approx(tokens, rel=0.1)
+    assert str(needs).startswith("Estimate for bare on cpu: about 0.0 GiB a worker")
+
+
+# --- processes ------------------------------------------------------------------------------------------------------
+
+
+class Deadly(Clips):
+    """Clips of which the last ends the process that reads it, when a file says so."""
+
+    trigger: Path
+
+    def read_frames(self, episode, image_key, frame_indices):
+        if episode == self.episodes[-1]:
+            while not self.trigger.exists():
+                time.sleep(0.01)
+            os._exit(3)
+        return super().read_frames(episode, image_key, frame_indices)
+
+
+def test_two_workers_find_what_one_finds_and_a_dead_one_is_an_error(vlm, tmp_path):
+    dataset = Deadly([20, 33, 14, 60, 17, 25, 9], broken=(4,))
+    dataset.trigger = tmp_path / "die"
+    one = list(ask_here(vlm, dataset, batch_size=2).annotate(dataset.episodes[:6]))
+    two = []
+    with pytest.raises(AnnotationError, match=r"a worker died \(exit code 3; .*Finished episodes are saved"):
+        for result in ask_here(vlm, dataset, batch_size=2, num_workers=2).annotate(dataset.episodes):
+            two.append(result)
+            if len(two) == len(one):
+                dataset.trigger.touch()
+    assert sorted(two, key=lambda result: result.episode) == one
+    assert isinstance(one[4], Failure) and "file-000.mp4 is missing" in one[4].reason
+
+
+def test_a_killed_run_goes_on_where_it_was(vlm, tmp_path):
+    found = kill_and_go_on("ask_here", str(vlm), tmp_path)
+    dataset = Clips(MANY)
+    episodes = [dataset.episodes[annotation.episode] for annotation in found]
+    unbroken = ask_here(vlm, dataset).annotate(episodes)
+    assert [(a.sparse, a.dense) for a in found] == [(a.sparse, a.dense) for a in unbroken]
