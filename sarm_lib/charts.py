@@ -14,7 +14,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 STAGE_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#F0E442")
 PREDICTED, TARGET, ACCENT = "#0072B2", "#7F7F7F", "#D55E00"
+LIGHT = {"#E69F00", "#56B4E9", "#F0E442", "#CC79A7"}  # black letters on these
 WIDTH, HEIGHT = 640, 220
+Segments = list[tuple[str, int, int]]
 
 
 def setup() -> None:
@@ -59,23 +61,6 @@ def episode_lengths(table: pd.DataFrame) -> alt.Chart:
             color=alt.Color("split:N", scale=stage_scale(["train", "val", "test"])),
         )
         .properties(width=WIDTH, height=HEIGHT)
-    )
-
-
-def timeline(segments: list[tuple[str, str, int, int]], names: list[str], fps: int, title: str) -> alt.Chart:
-    """Subtasks of one episode as bars: rows (head, subtask, first frame, last frame)."""
-    table = pd.DataFrame(segments, columns=["head", "subtask", "start", "end"])
-    table["start"], table["end"] = table.start / fps, (table.end + 1) / fps
-    return (
-        alt.Chart(table, title=title)
-        .mark_bar(cornerRadius=3)
-        .encode(
-            x=alt.X("start:Q", title="time (s)"),
-            x2="end:Q",
-            y=alt.Y("head:N", title=None, sort=["sparse", "dense"]),
-            color=alt.Color("subtask:N", scale=stage_scale(names), title=None),
-        )
-        .properties(width=WIDTH, height=30 * table["head"].nunique())
     )
 
 
@@ -250,3 +235,99 @@ def filmstrip(images: np.ndarray, labels: list[str], width: int = 1280) -> Image
         strip.paste(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS), (i * size[0], 0))
         draw.text((i * size[0] + 4, size[1] + 3), label, fill="black", font=font)
     return strip
+
+
+def annotated_episode(
+    images: np.ndarray, segments: dict[str, Segments], names: dict[str, list[str]], length: int, fps: float, title: str
+) -> Image.Image:
+    """What an annotation claims: `images` (n, H, W, 3) of equal stretches of an episode over a bar a head.
+
+    Picture i was taken in the middle of the i-th of n equal stretches (`middles`), and stands over it.
+    segments: head: rows of (subtask, first frame, last frame).
+    """
+    left, width, bar, n = 64, 1280, 30, len(images)
+    tile = (width - left) // n
+    width, height = left + n * tile, round(tile * images.shape[1] / images.shape[2])
+    top, font = 30, ImageFont.load_default(size=15)
+    page = Image.new("RGB", (width, top + height + 8 + len(segments) * (bar + 6) + 46), "white")
+    draw = ImageDraw.Draw(page)
+    draw.text((4, 5), title, fill="black", font=ImageFont.load_default(size=18))
+    for i, image in enumerate(images):
+        page.paste(Image.fromarray(image).resize((tile - 2, height), Image.Resampling.LANCZOS), (left + i * tile, top))
+
+    def x_of(frame: float) -> float:
+        return left + frame / length * n * tile
+
+    y = top + height + 8
+    for head, rows in segments.items():
+        draw.text((4, y + 6), head, fill="black", font=font)
+        for subtask, start, end in rows:
+            colour = STAGE_COLOURS[names[head].index(subtask) % len(STAGE_COLOURS)]
+            x0, x1 = x_of(start), x_of(end + 1)
+            draw.rectangle((x0, y, x1 - 1, y + bar), fill=colour)
+            draw.line((x0, y, x0, y + bar), fill="white", width=2)
+            if head == list(segments)[-1]:  # its boundaries also cut the pictures
+                draw.line((x0, top, x0, top + height), fill="white", width=2)
+            text = _fitting(subtask, draw, font, x1 - x0 - 8)
+            draw.text((x0 + 5, y + 6), text, fill="black" if colour in LIGHT else "white", font=font)
+        y += bar + 6
+    step = next(s for s in (0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 300, 900, 3600) if length / fps / s <= 14)
+    for i in range(int(length / fps / step) + 1):
+        x = x_of(i * step * fps)
+        draw.line((x, y, x, y + 5), fill="#888888")
+        draw.text((min(x, width - 50), y + 6), f"{i * step:g} s", fill="#444444", font=font)
+    return page
+
+
+def middles(length: int, n: int) -> list[int]:
+    """Frames in the middle of n equal stretches of an episode."""
+    return [int((i + 0.5) * length / n) for i in range(n)]
+
+
+def contact_sheet(images: np.ndarray, columns: int = 15, width: int = 1500) -> Image.Image:
+    """Every frame (n, H, W, 3) with its number: what a person looks at to mark an episode."""
+    tile = width // columns
+    height = round(tile * images.shape[1] / images.shape[2])
+    rows, font = -(-len(images) // columns), ImageFont.load_default(size=14)
+    page = Image.new("RGB", (columns * tile, rows * (height + 16)), "white")
+    draw = ImageDraw.Draw(page)
+    for i, image in enumerate(images):
+        x, y = i % columns * tile, i // columns * (height + 16)
+        draw.text((x + 2, y), str(i), fill="black", font=font)
+        page.paste(Image.fromarray(image).resize((tile - 2, height), Image.Resampling.LANCZOS), (x, y + 16))
+    return page
+
+
+def confusion(table: pd.DataFrame, title: str) -> alt.LayerChart:
+    """Shares of a reference's frames (rows) by what the other says (columns)."""
+    cells = table.rename_axis("reference").reset_index().melt("reference", var_name="annotation", value_name="share")
+    order = list(table.index)
+    base = alt.Chart(cells, title=title).encode(
+        x=alt.X("annotation:N", sort=order, title="annotation", axis=alt.Axis(labelAngle=-20, labelLimit=220)),
+        y=alt.Y("reference:N", sort=order, title="reference", axis=alt.Axis(labelLimit=220)),
+    )
+    scale = alt.Scale(domain=[0, 1], range=["#FFFFFF", PREDICTED])
+    fill = base.mark_rect(stroke="#EEEEEE").encode(color=alt.Color("share:Q", scale=scale, legend=None))
+    dark = alt.condition("datum.share > 0.5", alt.value("white"), alt.value("black"))
+    text = base.mark_text(fontSize=12).encode(text=alt.Text("share:Q", format=".2f"), color=dark)
+    return (fill + text).properties(width=90 * len(order), height=34 * len(order))
+
+
+def shares(table: pd.DataFrame, group: str, value: str, title: str, threshold: float | None = None) -> alt.LayerChart:
+    """A share in [0, 1] by group, with a threshold."""
+    base = alt.Chart(table, title=title).encode(y=alt.Y(f"{group}:N", title=None, sort=list(table[group])))
+    bars = base.mark_bar(color=PREDICTED).encode(x=alt.X(f"{value}:Q", scale=alt.Scale(domain=[0, 1])))
+    text = base.mark_text(align="left", dx=4).encode(x=f"{value}:Q", text=alt.Text(f"{value}:Q", format=".3f"))
+    layers = [bars, text]
+    if threshold is not None:
+        layers.append(alt.Chart(pd.DataFrame({"x": [threshold]})).mark_rule(strokeDash=[4, 3]).encode(x="x:Q"))
+    return alt.layer(*layers).properties(width=WIDTH, height=24 * len(table))
+
+
+def _fitting(text: str, draw: ImageDraw.ImageDraw, font, width: float) -> str:
+    """As much of a text as fits into a width; nothing where not even a few letters do."""
+    if draw.textlength(text, font=font) <= width:
+        return text
+    while text and draw.textlength(text + "…", font=font) > width:
+        text = text[:-1]
+    return text + "…" if len(text) > 3 else ""

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 from sarm_lib.artifacts import digest
 
 AnnotationMode = Literal["single_stage", "dense_only", "dual"]
+Annotator = Literal["keyframes", "propagate", "vlm", "server", "dataset", "manual"]
 Head = Literal["sparse", "dense"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
@@ -65,6 +66,7 @@ class Prepare(Section):
     """00: decode every frame once and encode it once."""
 
     encoder: str  # Hugging Face CLIP: a folder or a Hub id
+    image_keys: list[str]  # cameras to encode beside the reward model's, for annotators
     encode_batch_size: Positive
     num_visualizations: Annotated[int, Field(ge=0)]
 
@@ -72,14 +74,39 @@ class Prepare(Section):
 class Annotate(Section):
     """01: where each subtask begins and ends."""
 
+    annotator: Annotator
+    second_opinion: (
+        Annotator | None
+    )  # annotates too, to be compared with; the first with another seed if it is the same
     sparse_subtasks: list[str]
     dense_subtasks: list[str]
+    marks: str  # file of the episodes that a person marked
+    episodes: list[int] | None  # only these; None for all
+    skip_existing: bool
+    allow_failed: bool  # go on where an episode could not be annotated
+    visualize_only: bool  # show existing annotations, make none
+    # What a vision-language model is asked with: `vlm` loads `model` here, `server` asks one that serves it.
+    model: str
+    video_key: str | None  # the camera it sees; None for the reward model's first
+    frames_per_second: Rate
+    max_frames: Positive
+    time_resolution: Rate  # seconds
+    temperature: Annotated[float, Field(ge=0)]
+    max_attempts: Positive
+    batch_size: Positive
+    num_workers: Positive  # processes, one GPU each
+    server_url: str
+    requests_in_flight: Positive
 
 
 class Verify(Section):
     """02: a person checks."""
 
+    corrections: str  # file of a person's corrections
+    truth_key: str | None  # column with a simulator's dense stage; compared with, never learned from
+    proportions_from: Literal["complete", "all"]
     num_visualizations: Annotated[int, Field(ge=0)]
+    visualize_type: Literal["sparse", "dense", "both"]
 
 
 class Sarm(Section):
@@ -224,6 +251,8 @@ def load(params_file: str | Path = "params.yaml", overrides: dict[str, Any] | No
         raise ParamsError("sarm.n_obs_steps: a centred window needs an even number (half before, half after)")
     if params.sarm.save_every % params.sarm.eval_every:
         raise ParamsError("sarm.save_every: must be a multiple of sarm.eval_every (a run resumes from a validation)")
+    if params.policy.n_action_steps > params.policy.chunk_size:
+        raise ParamsError("policy.n_action_steps: must not exceed policy.chunk_size")
     if params.base.annotation_mode == "single_stage" and "dense" in (params.rabc.head_mode, params.visualize.head_mode):
         raise ParamsError("head_mode: annotation_mode single_stage has no dense head; use sparse")
     params._root = path.parent

@@ -4,8 +4,9 @@
     python -m sarm_lib.pipeline run 03_train_sarm
     python -m sarm_lib.pipeline smoke            ten episodes through every notebook, on one page, outputs/scratch/smoke
 
-Saving a notebook changes its file but not its code, so stages depend on the code alone. papermill runs the page; a run
-that fails leaves its report beside the good one as `NN_name.failed.ipynb`.
+Saving a notebook changes its file but not its code, so stages depend on the code alone. papermill runs the page with the
+values of `params.yaml`, whatever overrides somebody saved in its `parameters` cell; a run that fails leaves its report
+beside the good one as `NN_name.failed.ipynb`.
 """
 
 import argparse
@@ -18,11 +19,13 @@ from typing import Any
 
 import nbformat
 import papermill
+from nbclient.exceptions import DeadKernelError
 from nbconvert import HTMLExporter
 from traitlets.config import Config
 
+from sarm_lib import corrections
 from sarm_lib import dataset as datasets
-from sarm_lib.artifacts import staged, write_json
+from sarm_lib.artifacts import read_json, staged, write_json
 from sarm_lib.encoder import identity
 from sarm_lib.params import find_upwards, load
 
@@ -32,11 +35,15 @@ log = logging.getLogger("sarm")
 SMOKE = {
     "base.episodes": 10,
     "base.outputs": "outputs/scratch/smoke",
+    "annotate.annotator": "keyframes",  # needs neither marks nor a large model
+    "annotate.second_opinion": None,
     "sarm.steps": 20,
     "sarm.eval_every": 10,
     "sarm.save_every": 10,
     "sarm.warmup_steps": 5,
     "sarm.batch_size": 8,
+    "visualize.stride": 5,
+    "rabc.stride": 5,
     "policy.steps": 4,
     "policy.batch_size": 4,
     "policy.log_every": 2,
@@ -51,13 +58,18 @@ def notebooks(root: Path) -> list[Path]:
 
 
 def code_of(notebook: Path) -> str:
-    """The code cells of a notebook, as one text; neither prose nor outputs are part of it."""
+    """The code cells of a notebook, as one text; neither prose nor outputs nor the `parameters` cell are part of it."""
     cells = nbformat.read(notebook, as_version=4).cells
-    return "\n\n".join(cell.source.rstrip() for cell in cells if cell.cell_type == "code") + "\n"
+    code = [cell.source.rstrip() for cell in cells if cell.cell_type == "code" and not _has_parameters(cell)]
+    return "\n\n".join(code) + "\n"
+
+
+def _has_parameters(cell: nbformat.NotebookNode) -> bool:
+    return "parameters" in cell.metadata.get("tags", [])
 
 
 def write_sources(root: Path) -> None:
-    """Write `outputs/sources/NN_name.py` for every notebook, and what dataset and encoder are: `dataset.json`, `encoder.json`."""
+    """Write `outputs/sources/NN_name.py` for every notebook, and what dataset and encoder are, and what people said: JSON files."""
     params = load(root / "params.yaml")
     folder = params.paths.write("sources")
     with staged(folder) as partial:
@@ -65,23 +77,28 @@ def write_sources(root: Path) -> None:
         for notebook in notebooks(root):
             (partial / f"{notebook.stem}.py").write_text(code_of(notebook))
         write_json(partial / "dataset.json", describe_dataset(params))
+        for kind, path in (("marks", params.annotate.marks), ("corrections", params.verify.corrections)):
+            write_json(partial / f"{kind}.json", corrections.contents(params.paths.resolve(path)))
         write_json(partial / "encoder.json", {"encoder": params.prepare.encoder, "identity": identity(params.encoder)})
 
 
 def describe_dataset(params) -> dict[str, Any]:
-    """The name of the dataset and, of a local one, its fingerprint: no video is read, whatever its size."""
+    """The name of the dataset and, of a local one, its fingerprint and own splits: no video is read, whatever its size."""
     local = params.paths.resolve(params.base.dataset)
-    where = local if local.exists() else params.base.dataset
+    where = Path(local if local.exists() else params.base.dataset)
+    there = datasets.is_local(where)
     return {
         "dataset": params.base.dataset,
         "revision": params.base.revision,
-        "fingerprint": datasets.fingerprint(Path(where)) if datasets.is_local(where) else None,
+        "fingerprint": datasets.fingerprint(where) if there else None,
+        "splits": read_json(where / "meta/info.json").get("splits") if there else None,
     }
 
 
 def run(root: Path, name: str) -> None:
     """Run one notebook with papermill; its executed copy and HTML land in `outputs/reports/`."""
-    execute(root / "notebooks" / f"{name}.ipynb", load(root / "params.yaml").paths.write(f"reports/{name}.ipynb"))
+    report = load(root / "params.yaml").paths.write(f"reports/{name}.ipynb")
+    execute(root / "notebooks" / f"{name}.ipynb", report, {"params_file": "params.yaml", "overrides": {}})
 
 
 def smoke(root: Path) -> None:
@@ -90,8 +107,8 @@ def smoke(root: Path) -> None:
     for notebook in notebooks(root):
         for cell in nbformat.read(notebook, as_version=4).cells:
             cell.id = f"{notebook.stem}-{cell.id}"
-            if "parameters" in cell.metadata.get("tags", []):
-                cell.source += f"\noverrides = {SMOKE!r}"
+            if _has_parameters(cell):
+                cell.source = f'params_file = "params.yaml"\noverrides = {SMOKE!r}'
             chain.cells.append(cell)
     folder.mkdir(parents=True, exist_ok=True)
     nbformat.write(chain, folder / "chain.ipynb")
@@ -99,8 +116,9 @@ def smoke(root: Path) -> None:
     log.info("the whole chain runs on this dataset")
 
 
-def execute(notebook: Path, report: Path, cwd: Path | None = None) -> None:
-    """Run `notebook` into `report` and HTML beside it. A failing page is kept as `*.failed.ipynb`; the program exits."""
+def execute(notebook: Path, report: Path, parameters: dict[str, Any] | None = None, cwd: Path | None = None) -> None:
+    """Run `notebook` into `report` and HTML beside it. A page that fails, or whose kernel dies, is kept as
+    `*.failed.ipynb`; the program exits."""
     running, failed = report.with_name(f".{report.stem}.running.ipynb"), report.with_suffix(".failed.ipynb")
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")
     start = time.monotonic()
@@ -108,21 +126,35 @@ def execute(notebook: Path, report: Path, cwd: Path | None = None) -> None:
         papermill.execute_notebook(
             notebook,
             running,
+            parameters,
             cwd=str(cwd or notebook.parent),
             kernel_name="python3",
+            language="python",
             progress_bar=False,
             log_output=True,
             config=Config(KernelManager={"transport": "ipc"}),  # no port, and no warning about one
         )
-    except papermill.PapermillExecutionError as error:
-        os.replace(running, failed)
-        sys.exit(f"{report.stem}: {error.ename}: {error.evalue}\nThe page up to the failing cell is {failed}")
+    except BaseException as error:
+        if running.exists():
+            os.replace(running, failed)
+        if not isinstance(error, Exception):  # Ctrl-C
+            raise
+        sys.exit(f"{report.stem}: {_explain(error)}\nThe page up to the failing cell is {failed}")
     os.replace(running, report)
     failed.unlink(missing_ok=True)
     html, _ = HTMLExporter(embed_images=True).from_filename(str(report))
     with staged(report.with_suffix(".html")) as partial:
         partial.write_text(html)
     log.info("%s ran in %.0f s: %s", report.stem, time.monotonic() - start, report.with_suffix(".html"))
+
+
+def _explain(error: Exception) -> str:
+    """Why a page failed, in one line: an error of its own, or its kernel's end."""
+    if isinstance(error, papermill.PapermillExecutionError):
+        return f"{error.ename}: {error.evalue}"
+    if isinstance(error, DeadKernelError):
+        return "the kernel died; the usual reason is that memory ran out"
+    return f"{type(error).__name__}: {error}"
 
 
 def main() -> None:

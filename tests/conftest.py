@@ -20,10 +20,17 @@ LENGTHS = (14, 18, 16, 20, 15, 17, 19, 16)
 torch.set_num_threads(1)  # sums in one order: the same bytes on any number of cores
 
 
-def make_dataset(root: Path, *, use_videos: bool = True, seed: int = 0, files: int = 1) -> Path:
+def make_dataset(
+    root: Path,
+    *,
+    use_videos: bool = True,
+    seed: int = 0,
+    files: int = 1,
+    state_keys: tuple[str, ...] = ("observation.state",),
+) -> Path:
     """A LeRobot v3 dataset of eight short episodes: a bright square crosses the picture, `sim.*` columns ride along.
 
-    files > 1 spreads it over several data, video and episode files.
+    files > 1 spreads it over several data, video and episode files. The i-th of `state_keys` is the state plus 100 i.
     """
     from lerobot.configs.video import RGBEncoderConfig
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
@@ -35,7 +42,7 @@ def make_dataset(root: Path, *, use_videos: bool = True, seed: int = 0, files: i
     }
     features = {
         **dict.fromkeys(CAMERAS, picture),
-        "observation.state": {"dtype": "float32", "shape": (3,), "names": ["a", "b", "c"]},
+        **{key: {"dtype": "float32", "shape": (3,), "names": ["a", "b", "c"]} for key in state_keys},
         "action": {"dtype": "float32", "shape": (2,), "names": ["x", "y"]},
         "sim.progress": {"dtype": "float32", "shape": (1,), "names": None},
     }
@@ -57,10 +64,11 @@ def make_dataset(root: Path, *, use_videos: bool = True, seed: int = 0, files: i
             progress = t / (length - 1)
             image = rng.integers(0, 40, (32, 32, 3), dtype=np.uint8)
             image[8:16, int(progress * 24) : int(progress * 24) + 8] = 200
+            state = np.array([progress, rng.normal(), episode], dtype=np.float32)
             frame = {
                 CAMERAS[0]: image,
                 CAMERAS[1]: np.ascontiguousarray(image[::-1]),
-                "observation.state": np.array([progress, rng.normal(), episode], dtype=np.float32),
+                **{key: state + 100 * i for i, key in enumerate(state_keys)},
                 "action": rng.normal(size=2).astype(np.float32),
                 "sim.progress": np.array([progress], dtype=np.float32),
                 "task": TASKS[episode % 2],
@@ -104,8 +112,13 @@ TINY = {
     "base.test_fraction": 0.2,
     "base.device": "cpu",
     "prepare.encoder": "data/encoder",
+    "prepare.image_keys": [CAMERAS[1]],
     "prepare.encode_batch_size": 16,
     "prepare.num_visualizations": 1,
+    "annotate.sparse_subtasks": ["cross the left half", "cross the right half"],
+    "annotate.dense_subtasks": ["leave the edge", "cross the middle", "reach the other edge"],
+    "annotate.marks": "marks.yaml",
+    "verify.truth_key": None,
     "verify.num_visualizations": 1,
     "visualize.num_visualizations": 1,
     "sarm.frame_gap": 1,
@@ -147,7 +160,24 @@ def make_project(folder: Path, dataset: Path, encoder: Path, overrides: dict | N
     shutil.copytree(dataset, folder / "data/tiny")
     shutil.copytree(encoder, folder / "data/encoder")
     shutil.copytree(ROOT / "notebooks", folder / "notebooks", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    write_marks(folder)
     return folder
+
+
+def write_marks(project: Path) -> None:
+    """Mark three training episodes and a validation episode: the subtasks are thirds and halves of the way."""
+    from sarm_lib import annotations, corrections, dataset, params
+    from sarm_lib.annotations import Annotation, Segment
+
+    config = params.load(project / "params.yaml", {"base.annotation_mode": "dual"})
+    demos, names = dataset.from_params(config), annotations.vocabulary(config)
+    for episode in [*demos.split("train")[:3], *demos.split("val")[:1]]:
+        heads = {}
+        for head, subtasks in names.items():
+            edges = [round(i * episode.length / len(subtasks)) for i in range(len(subtasks) + 1)]
+            heads[head] = tuple(Segment(n, edges[i], edges[i + 1] - 1) for i, n in enumerate(subtasks))
+        mark = Annotation(episode.index, episode.length, "manual", **heads)
+        corrections.record_mark(config.paths.resolve(config.annotate.marks), demos, mark)
 
 
 def run_chapters(project: Path) -> Path:

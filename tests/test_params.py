@@ -29,9 +29,10 @@ def test_the_repository_s_own_values_load_and_are_found_from_the_notebooks_folde
             "base.annotation_mode: input should be 'single_stage', 'dense_only' or 'dual'",
         ),
         ("base.val_fraction", 2.0, "base.val_fraction: input should be less than or equal to 1"),
-        ("rabc.head_mode", "dense", "single_stage has no dense head"),
+        ("annotate.annotator", "magic", "annotate.annotator: input should be 'keyframes', 'propagate', 'vlm'"),
         ("sarm.n_obs_steps", 7, "needs an even number"),
         ("sarm.max_rewind_steps", 8, "must be smaller than sarm.n_obs_steps"),
+        ("policy.n_action_steps", 17, "policy.n_action_steps: must not exceed policy.chunk_size"),
         ("sarm.save_every", 150, "must be a multiple of sarm.eval_every"),
         ("nonsense.key", 1, "nonsense: unknown key"),
     ],
@@ -40,6 +41,11 @@ def test_a_bad_value_is_refused_with_its_path(key, value, expected):
     with pytest.raises(params.ParamsError, match=r".*") as error:
         params.load(overrides={key: value})
     assert expected in str(error.value)
+
+
+def test_a_head_that_the_mode_does_not_have_is_refused():
+    with pytest.raises(params.ParamsError, match="single_stage has no dense head"):
+        params.load(overrides={"base.annotation_mode": "single_stage", "rabc.head_mode": "dense"})
 
 
 def test_a_missing_key_is_named(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """`dvc.yaml`: each stage depends on exactly what it uses, and `dvc repro` re-runs exactly what changed."""
 
 import ast
+import json
 import os
 import shutil
 import subprocess
@@ -12,20 +13,24 @@ import pandas as pd
 import pytest
 import yaml
 
-from sarm_lib.artifacts import import_closure, imported_modules
+from sarm_lib import pipeline
+from sarm_lib.artifacts import import_closure, imported_modules, module_path, read_json
+from sarm_lib.params import load
 from sarm_lib.pipeline import SMOKE, code_of
 from tests.conftest import ROOT, chapters, make_project
+from tests.test_reproducible import digests
 
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 
 
 @pytest.mark.parametrize("name", chapters())
 def test_a_stage_depends_on_its_notebook_and_on_every_module_it_imports(name):
-    declared = {
-        d.removeprefix("sarm_lib/").removesuffix(".py") for d in STAGES[name]["deps"] if d.startswith("sarm_lib/")
-    }
-    assert declared == import_closure(imported_modules(code_of(ROOT / "notebooks" / f"{name}.ipynb")))
+    declared = {d for d in STAGES[name]["deps"] if d.startswith("sarm_lib/") and d.endswith(".py")}
+    used = import_closure(imported_modules(code_of(ROOT / "notebooks" / f"{name}.ipynb")))
+    assert declared == {module_path(module).relative_to(ROOT).as_posix() for module in used}
     assert f"outputs/sources/{name}.py" in STAGES[name]["deps"]
+    if name != "00_prepare":  # it names the splits, which are no part of the fingerprint
+        assert "outputs/metrics/prepare.json" in STAGES[name]["deps"]
 
 
 @pytest.mark.parametrize("name", chapters())
@@ -47,6 +52,41 @@ def test_a_stage_tracks_existing_parameters_and_every_section_its_notebook_reads
 def test_smoke_sets_parameters_that_exist():
     values = yaml.safe_load((ROOT / "params.yaml").read_text())
     assert all(dotted.split(".")[1] in values[dotted.split(".")[0]] for dotted in SMOKE)
+
+
+def page(folder: Path, *code: str) -> Path:
+    """A project of one notebook whose overrides somebody saved by hand."""
+    (folder / "notebooks").mkdir(parents=True)
+    shutil.copy(ROOT / "params.yaml", folder)
+    cells = [nbformat.v4.new_code_cell(source) for source in ('overrides = {"sarm.steps": 1}', *code)]
+    cells[0].metadata["tags"] = ["parameters"]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / "notebooks/00_page.ipynb")
+    return folder
+
+
+def test_overrides_saved_by_hand_are_no_code_and_do_not_reach_a_stage(tmp_path):
+    folder = page(tmp_path / "p", 'assert (params_file, overrides) == ("params.yaml", {})')
+    assert "overrides = " not in code_of(folder / "notebooks/00_page.ipynb")
+    pipeline.run(folder, "00_page")
+    assert sorted(p.name for p in (folder / "outputs/reports").iterdir()) == ["00_page.html", "00_page.ipynb"]
+
+
+def test_a_dead_kernel_leaves_the_page_as_failed_and_says_so(tmp_path):
+    folder = page(tmp_path / "p", "print('so far')", "import os; os._exit(1)")
+    with pytest.raises(SystemExit, match="00_page: the kernel died"):
+        pipeline.run(folder, "00_page")
+    (failed,) = (folder / "outputs/reports").iterdir()
+    assert failed.name == "00_page.failed.ipynb" and "so far" in failed.read_text()
+
+
+def test_splits_are_part_of_what_a_dataset_is(tmp_path, tiny, tiny_encoder):
+    folder = make_project(tmp_path / "p", tiny, tiny_encoder)
+    before = pipeline.describe_dataset(load(folder / "params.yaml"))
+    info = read_json(folder / "data/tiny/meta/info.json")
+    info["splits"] = {"train": "0:6", "val": "6:7", "test": "7:8"}
+    (folder / "data/tiny/meta/info.json").write_text(json.dumps(info))
+    after = pipeline.describe_dataset(load(folder / "params.yaml"))
+    assert after == {**before, "splits": info["splits"]} and before["splits"] != after["splits"]
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +157,13 @@ def test_every_output_of_the_design_is_there(repository):
     assert (outputs / "dataset/videos").is_symlink() and not list((outputs / "work").glob("*"))
 
 
+def test_other_processes_make_the_same_bytes(repository, project):
+    """DVC's kernels, and this process."""
+    here, there = digests(project), digests(repository, "reports", "sources")
+    assert len(here) > 30 and [name for name in here if here[name] != there.get(name)] == []
+    assert [name for name in there if name not in here and not name.endswith(".gitignore")] == []
+
+
 def test_a_second_run_and_a_saved_notebook_run_nothing(repository):
     assert stages_that_ran(run(repository, "dvc", "repro")) == ["sources"]
     path = repository / "notebooks/03_train_sarm.ipynb"
@@ -124,6 +171,8 @@ def test_a_second_run_and_a_saved_notebook_run_nothing(repository):
     next(c for c in notebook.cells if c.cell_type == "markdown").source += " (read)"
     code = next(c for c in notebook.cells if c.cell_type == "code")
     code.outputs, code.execution_count = [nbformat.v4.new_output("stream", text="saved in Lab")], 7
+    tagged = next(c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
+    tagged.source = 'params_file = "params.yaml"\noverrides = {"sarm.steps": 3}'
     nbformat.write(notebook, path)
     assert stages_that_ran(run(repository, "dvc", "repro")) == ["sources"]
 

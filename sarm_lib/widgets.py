@@ -1,0 +1,428 @@
+"""The scrubber: look at episodes frame by frame, and say which subtask is shown when.
+
+It verifies annotations (accept, fix or reject: `corrections.yaml`) or marks episodes from scratch (`marks.yaml`). The
+files are the result, so it never has to be waited for: a notebook shows it and goes on. scrubber.js draws and sends
+commands; every edit is made and checked here. Frames are decoded when they are looked at and travel as JPEGs in
+messages of their own, so that a saved notebook holds none of them.
+"""
+
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import anywidget
+import traitlets
+
+from sarm_lib import corrections as files
+from sarm_lib.annotations import Annotation, AnnotationError, Segment, validate
+from sarm_lib.charts import STAGE_COLOURS
+from sarm_lib.dataset import Dataset, DatasetError
+from sarm_lib.frames import FrameReader, jpeg
+
+log = logging.getLogger(__name__)
+Segments = tuple[Segment, ...]
+Heads = dict[str, Segments]
+SHORTEST = 2  # frames of a segment: the gate refuses one without a duration
+
+
+# --- edits: each keeps a valid head valid ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """Between the frames `at` - 1 and `at`, movable from `low` to `high`.
+
+    left, right: the segments that end and begin there; one of them is None beside a gap.
+    """
+
+    at: int
+    low: int
+    high: int
+    left: int | None
+    right: int | None
+
+
+def boundaries(segments: Segments, length: int) -> list[Boundary]:
+    """Where segments begin and end, in the order of time; the two ends of the episode are none."""
+    found, last = [], len(segments) - 1
+    for i, segment in enumerate(segments):
+        before = segments[i - 1].end if i else -1
+        high = segment.end - SHORTEST + 1
+        if i and segment.start == before + 1:
+            found.append(Boundary(segment.start, segments[i - 1].start + SHORTEST, high, i - 1, i))
+        elif segment.start > 0:
+            found.append(Boundary(segment.start, before + 1, high, None, i))
+        after = segments[i + 1].start if i < last else length
+        if segment.end + 1 < after:
+            found.append(Boundary(segment.end + 1, segment.start + SHORTEST, after, i, None))
+    return found
+
+
+def moved(segments: Segments, boundary: Boundary, at: int) -> Segments:
+    """`boundary` moved to `at`, or as near as its neighbours allow."""
+    at, changed = min(max(at, boundary.low), boundary.high), list(segments)
+    if boundary.left is not None:
+        changed[boundary.left] = replace(segments[boundary.left], end=at - 1)
+    if boundary.right is not None:
+        changed[boundary.right] = replace(segments[boundary.right], start=at)
+    return tuple(changed)
+
+
+def removed(segments: Segments, boundary: Boundary) -> Segments:
+    """Without `boundary`: its two segments become one, named as the left one; a gap beside it is closed."""
+    if boundary.left is None or boundary.right is None:
+        return moved(segments, boundary, boundary.low if boundary.left is None else boundary.high)
+    one = replace(segments[boundary.left], end=segments[boundary.right].end)
+    return (*segments[: boundary.left], one, *segments[boundary.right + 1 :])
+
+
+def split(segments: Segments, frame: int, names: list[str]) -> Segments:
+    """A new segment from `frame` on, named as what usually follows. Raises AnnotationError where there is no room."""
+    i = segment_at(segments, frame)
+    cut = segments[i]
+    if frame - cut.start < SHORTEST or cut.end - frame + 1 < SHORTEST:
+        raise AnnotationError(f"frame {frame} is too near to an end of {cut.subtask!r} ({cut.start} to {cut.end})")
+    following = names[min(names.index(cut.subtask) + 1, len(names) - 1)] if cut.subtask in names else names[0]
+    return (*segments[:i], replace(cut, end=frame - 1), Segment(following, frame, cut.end), *segments[i + 1 :])
+
+
+def segment_at(segments: Segments, frame: int) -> int:
+    """Index of the segment that `frame` lies in. Raises AnnotationError in a gap."""
+    for i, segment in enumerate(segments):
+        if segment.start <= frame <= segment.end:
+            return i
+    raise AnnotationError(f"frame {frame} lies in no segment")
+
+
+def spread(names: list[str], length: int) -> Segments:
+    """Every subtask once, equally long: where marking starts. One segment where the episode is too short for that."""
+    names = names if length >= SHORTEST * len(names) else names[:1]
+    edges = [round(i * length / len(names)) for i in range(len(names) + 1)]
+    return tuple(Segment(name, edges[i], edges[i + 1] - 1) for i, name in enumerate(names))
+
+
+# --- the widget -------------------------------------------------------------------------------------------------------
+
+
+class Scrubber(anywidget.AnyWidget):
+    """Shows episodes in `order` (worst first) with `reasons` (why one is suspicious), and writes what a person says.
+
+    Give `corrections` to verify `annotations`, or `marks` to mark episodes; the file need not exist. What it already
+    says is shown. An episode without annotation starts with its subtasks spread evenly. Raises AnnotationError for a
+    file that cannot be read.
+    """
+
+    _esm = Path(__file__).with_name("scrubber.js")
+    _css = Path(__file__).with_name("scrubber.css")
+
+    mode = traitlets.Enum(("verify", "mark")).tag(sync=True)
+    fps = traitlets.Int().tag(sync=True)
+    cameras = traitlets.List().tag(sync=True)
+    vocabulary = traitlets.Dict().tag(sync=True)  # head: names
+    colours = traitlets.List().tag(sync=True)  # of a head's names, in order
+    picker = traitlets.List().tag(sync=True)  # [episode, reason]
+    states = traitlets.Dict().tag(sync=True)  # episode (as text, as JSON has it): what became of it
+
+    episode = traitlets.Int().tag(sync=True)
+    length = traitlets.Int().tag(sync=True)
+    frame = traitlets.Int().tag(sync=True)  # where the view rests; the view leads while it moves
+    head = traitlets.Unicode().tag(sync=True)  # the head that keys edit
+    segments = traitlets.Dict().tag(sync=True)  # head: [subtask, first frame, last frame]
+    boundaries = traitlets.Dict().tag(sync=True)  # head: [at, low, high, left, right, confidence]
+    selected = traitlets.Int(-1).tag(sync=True)  # boundary of `head`, -1 for none
+    why = traitlets.Unicode().tag(sync=True)
+    status = traitlets.Unicode().tag(sync=True)
+    error = traitlets.Unicode().tag(sync=True)
+
+    COMMANDS = frozenset(
+        "send_frame show_episode activate select move nudge split merge rename undo accept fix reject withdraw".split()
+    )
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        annotations: list[Annotation],
+        vocabulary: dict[str, list[str]],
+        *,
+        order: list[int] | None = None,
+        reasons: dict[int, str] | None = None,
+        corrections: Path | None = None,
+        marks: Path | None = None,
+    ):
+        if (corrections is None) == (marks is None):
+            raise ValueError("give either corrections (to verify annotations) or marks (to mark episodes)")
+        self._dataset, self._vocabulary, self._reader = dataset, vocabulary, FrameReader(dataset)
+        self._annotations = {a.episode: a for a in annotations}
+        self._episodes = {e.index: e for e in dataset.episodes}
+        self._path = Path(corrections if marks is None else marks)
+        known = order if order is not None else sorted(self._annotations if marks is None else self._episodes)
+        unknown = [i for i in known if i not in self._episodes]
+        if unknown or not known:
+            raise ValueError(f"order: the dataset has no episodes {unknown}" if unknown else "no episode to show")
+        self._history: dict[int, list[Heads]] = {}  # of an episode: as annotated first, as shown last
+        self._saved: dict[int, Heads] = {}  # as the annotation or the file says
+        self._verdicts: dict[int, tuple[str, str, str]] = {}  # of an episode: state, why, note
+        super().__init__(
+            mode="verify" if marks is None else "mark",
+            fps=dataset.fps,
+            cameras=[key.removeprefix("observation.").removeprefix("images.") for key in dataset.camera_keys],
+            vocabulary=vocabulary,
+            colours=list(STAGE_COLOURS),
+            picker=[[i, (reasons or {}).get(i, "")] for i in known],
+            head=list(vocabulary)[-1],
+        )
+        self._read_file()
+        self.on_msg(self._receive)
+        self.show_episode(next((i for i in known if i not in self._verdicts), known[0]))
+
+    def __repr__(self) -> str:
+        return f"Scrubber: {len(self.picker)} episodes to {self.mode}, into {self._path.name}"
+
+    # --- commands: the view sends them, and tests call them -----------------------------------------------------------
+
+    def _receive(self, _, content: dict, buffers: list) -> None:
+        """Run a command of the view; what goes wrong is shown there, and nothing is lost."""
+        arguments = dict(content)
+        command = arguments.pop("do", None)
+        if command not in self.COMMANDS:
+            self.error = f"unknown command {command!r}"
+            return
+        if command != "send_frame":
+            self.error = ""
+        try:
+            getattr(self, command)(**arguments)
+        except (AnnotationError, DatasetError, OSError) as error:
+            self.error = str(error)
+
+    def send_frame(self, episode: int, frame: int) -> None:
+        """Send one frame, a JPEG a camera."""
+        if episode != self.episode:  # the person has moved on
+            return
+        shown, images, problem = self._episodes[episode], [], ""
+        try:
+            images = [jpeg(self._reader.read(shown, key, frame)) for key in self._dataset.camera_keys]
+        except DatasetError as error:
+            log.warning("%s", error)
+            images, problem = [], str(error)
+        self.send({"episode": episode, "frame": frame, "error": problem}, buffers=images)
+
+    def show_episode(self, episode: int) -> None:
+        """Show an episode; edits of the one before stay as a draft."""
+        self._start(episode)
+        _, why, note = self._verdicts.get(episode, ("", "", ""))
+        with self.hold_sync():
+            self.length, self.frame, self.selected = self._episodes[episode].length, 0, -1
+            self.episode, self.why, self.status, self.error = episode, why, note, ""
+            self._publish()
+
+    def activate(self, head: str) -> None:
+        """Let the keys edit another head."""
+        if head in self._vocabulary:
+            with self.hold_sync():
+                self.head, self.selected = head, -1
+
+    def select(self, step: int, frame: int) -> None:
+        """Select the next (`step` 1) or previous (-1) boundary as seen from the selected one, or from `frame`."""
+        found = self._boundaries(self.head)
+        if self.selected >= 0:
+            chosen = self.selected + step
+        else:
+            chosen = sum(b.at <= frame for b in found) - (step < 0)
+        if 0 <= chosen < len(found):
+            self.selected = chosen
+            self._go(found[chosen].at)
+
+    def move(self, head: str, boundary: int, at: int) -> None:
+        """Select a boundary and move it to `at`, or as near as its neighbours allow."""
+        found = self._boundaries(head)
+        if not 0 <= boundary < len(found):
+            raise AnnotationError(f"{head} has no boundary {boundary}")
+        segments = moved(self._shown[head], found[boundary], at)
+        with self.hold_sync():
+            self.head = head
+            self._edit(head, segments)
+            self._select_at(min(max(at, found[boundary].low), found[boundary].high))
+
+    def nudge(self, by: int) -> None:
+        """Move the selected boundary by some frames and look at it."""
+        boundary = self._selected_boundary()
+        self.move(self.head, self.selected, boundary.at + by)
+        if self.selected >= 0:
+            self._go(self._boundaries(self.head)[self.selected].at)
+
+    def split(self, frame: int) -> None:
+        """Begin a new segment at `frame`."""
+        with self.hold_sync():
+            self._edit(self.head, split(self._shown[self.head], frame, self._vocabulary[self.head]))
+            self._select_at(frame)
+
+    def merge(self) -> None:
+        """Delete the selected boundary."""
+        boundary = self._selected_boundary()
+        with self.hold_sync():
+            self._edit(self.head, removed(self._shown[self.head], boundary))
+            self.selected = -1
+
+    def rename(self, frame: int, number: int) -> None:
+        """Name the segment at `frame` after the vocabulary's `number`-th subtask, counted from 1."""
+        names, segments = self._vocabulary[self.head], list(self._shown[self.head])
+        if not 1 <= number <= len(names):
+            raise AnnotationError(f"{self.head} has {len(names)} subtasks, there is no number {number}")
+        i = segment_at(segments, frame)
+        segments[i] = replace(segments[i], subtask=names[number - 1])
+        self._edit(self.head, tuple(segments))
+
+    def undo(self) -> None:
+        """Take back the last edit of this episode."""
+        history = self._history[self.episode]
+        if len(history) == 1:
+            raise AnnotationError("nothing to undo: this is what was annotated")
+        history.pop()
+        with self.hold_sync():
+            self.selected = -1
+            self._publish()
+
+    def accept(self, why: str = "") -> None:
+        """The annotation is right as it is."""
+        raw = self._annotations.get(self.episode)
+        if self.mode != "verify" or raw is None:
+            raise AnnotationError("there is no annotation to accept: edit the segments and save them")
+        if self._changed_heads():
+            raise AnnotationError(
+                "what is shown differs from the annotation: save it as a fix, or undo the edits first"
+            )
+        self._record(files.of_now(raw, "accept", why=why), "accepted")
+
+    def fix(self, why: str = "") -> None:
+        """Save the segments as shown: a fix of the annotation, or a mark."""
+        length = self._episodes[self.episode].length
+        both = {"sparse": None, "dense": None} | self._shown
+        shown = Annotation(self.episode, length, "manual", **both)
+        validate(shown, self._vocabulary, length)
+        if self.mode == "mark":
+            files.record_mark(self._path, self._dataset, shown, why)
+            self._settle("marked", why)
+            return
+        raw = self._annotations.get(self.episode) or Annotation(self.episode, length, "manual", None, None)
+        changed = self._changed_heads()
+        if not changed:
+            raise AnnotationError("nothing differs from the annotation: accept it, or edit it first")
+        self._record(files.of_now(raw, "fix", {head: self._shown[head] for head in changed}, why), "fixed")
+
+    def reject(self, why: str = "") -> None:
+        """Take the episode out of training."""
+        if self.mode != "verify":
+            raise AnnotationError("an episode that is marked cannot be rejected: leave it unmarked")
+        length = self._episodes[self.episode].length
+        raw = self._annotations.get(self.episode) or Annotation(self.episode, length, "manual", None, None)
+        self._record(files.of_now(raw, "reject", why=why), "rejected")
+
+    def withdraw(self) -> None:
+        """Take what was said about this episode out of the file; the segments shown stay as a draft."""
+        if self.episode not in self._verdicts:
+            raise AnnotationError(f"{self._path.name} says nothing about episode {self.episode}")
+        kind = "corrections" if self.mode == "verify" else "marks"
+        files.withdraw(self._path, kind, self._dataset, self.episode)
+        del self._verdicts[self.episode]
+        self._saved[self.episode] = self._history[self.episode][0]
+        self.why, self.status = "", f"episode {self.episode}: taken out of {self._path.name}"
+        self._publish()
+
+    # --- state --------------------------------------------------------------------------------------------------------
+
+    def _read_file(self) -> None:
+        """What the file says already: verdicts, and segments that a person has saved."""
+        if self.mode == "mark":
+            for mark in files.read_marks(self._path, self._dataset, self._vocabulary):
+                if mark.episode in self._episodes:
+                    self._start(mark.episode)
+                    self._save({head: mark.head(head) for head in self._vocabulary}, mark.episode)
+                    self._verdicts[mark.episode] = ("marked", mark.provenance["why"], "")
+            return
+        found = files.read_corrections(self._path, self._dataset)
+        outcomes = files.apply(list(self._annotations.values()), found, self._dataset, self._vocabulary).outcomes
+        for correction, outcome in zip(found, outcomes, strict=True):
+            if correction.episode not in self._episodes:
+                continue
+            self._start(correction.episode)
+            if outcome.outcome == "fixed":
+                base = self._history[correction.episode][0]
+                self._save({h: correction.segments.get(h, base[h]) for h in self._vocabulary}, correction.episode)
+            note = f"{outcome.outcome}: {outcome.note}" if outcome.outcome in ("unfit", "outdated") else ""
+            self._verdicts[correction.episode] = (outcome.outcome, correction.why, note)
+
+    def _start(self, episode: int) -> None:
+        """The segments that an episode has before anyone touches them."""
+        if episode not in self._history:
+            raw, length = self._annotations.get(episode), self._episodes[episode].length
+            first = {h: (raw and raw.head(h)) or spread(names, length) for h, names in self._vocabulary.items()}
+            self._history[episode], self._saved[episode] = [first], first
+
+    def _save(self, segments: Heads, episode: int) -> None:
+        if segments != self._history[episode][-1]:
+            self._history[episode].append(segments)
+        self._saved[episode] = segments
+
+    @property
+    def _shown(self) -> Heads:
+        return self._history[self.episode][-1]
+
+    def _changed_heads(self) -> list[str]:
+        """Heads that are shown otherwise than they were annotated."""
+        raw = self._annotations.get(self.episode)
+        return [head for head, segments in self._shown.items() if raw is None or segments != raw.head(head)]
+
+    def _boundaries(self, head: str) -> list[Boundary]:
+        return boundaries(self._shown[head], self.length)
+
+    def _selected_boundary(self) -> Boundary:
+        found = self._boundaries(self.head)
+        if not 0 <= self.selected < len(found):
+            raise AnnotationError("no boundary is selected: click one, or press [ or ]")
+        return found[self.selected]
+
+    def _select_at(self, at: int) -> None:
+        self.selected = next((i for i, b in enumerate(self._boundaries(self.head)) if b.at == at), -1)
+
+    def _go(self, frame: int) -> None:
+        """Move the playhead in the view. A message: the view's own position may be newer than the trait."""
+        self.send({"go": min(frame, self.length - 1)})
+
+    def _edit(self, head: str, segments: Segments) -> None:
+        if segments != self._shown[head]:
+            self._history[self.episode].append(self._shown | {head: segments})
+            self.status = ""
+            self._publish()
+
+    def _record(self, correction: files.Correction, state: str) -> None:
+        files.record_correction(self._path, self._dataset, correction)
+        self._settle(state, correction.why)
+
+    def _settle(self, state: str, why: str) -> None:
+        """After a file was written."""
+        self._verdicts[self.episode] = (state, why, "")
+        if state in ("fixed", "marked"):
+            self._save(self._shown, self.episode)
+        else:
+            self._saved[self.episode] = self._history[self.episode][0]
+        self.why, self.status = why, f"episode {self.episode}: {state}, written to {self._path.name}"
+        self._publish()
+
+    def _publish(self) -> None:
+        """Give the view the shown segments and the states of all episodes."""
+        with self.hold_sync():
+            self.segments = {h: [[s.subtask, s.start, s.end] for s in segments] for h, segments in self._shown.items()}
+            self.boundaries = {head: self._rows(head) for head in self._vocabulary}
+            edited = {i for i, history in self._history.items() if history[-1] != self._saved[i]}
+            words = {i: [state] for i, (state, _, _) in self._verdicts.items()}
+            for i in edited:
+                words.setdefault(i, []).append("edited")
+            self.states = {str(i): ", ".join(texts) for i, texts in sorted(words.items())}
+
+    def _rows(self, head: str) -> list[list[Any]]:
+        """A head's boundaries for the view, each with the annotator's confidence where it is where that put it."""
+        raw = self._annotations.get(self.episode)
+        known = (raw.confidence or {}).get(head) if raw else None
+        confidence = {s.start: round(c, 2) for s, c in zip(raw.head(head), known, strict=True)} if known else {}
+        return [[b.at, b.low, b.high, b.left, b.right, confidence.get(b.at)] for b in self._boundaries(head)]

@@ -1,0 +1,255 @@
+"""The scrubber in a headless Chromium on a real JupyterLab: what a person sees and does, down to the file on disk."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from sarm_lib.annotations import Segment
+from sarm_lib.corrections import read_corrections
+from sarm_lib.dataset import open_dataset
+
+from .conftest import LENGTHS, ROOT
+
+CHROMIUM = os.environ.get("SARM_CHROMIUM") or next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no Chromium (apt install chromium, or set SARM_CHROMIUM)")
+playwright = pytest.importorskip("playwright.sync_api", reason="no playwright (pip install -e .[dev])")
+TOKEN = "scrubber"
+
+CODE = """\
+from pathlib import Path
+from sarm_lib.annotations import Annotation, Segment
+from sarm_lib.dataset import open_dataset
+from sarm_lib.widgets import Scrubber
+dataset = open_dataset("dataset")
+dense = lambda n: (Segment("reach", 0, 4), Segment("grasp", 5, 8), Segment("lift", 9, n - 1))
+annotations = [Annotation(e.index, e.length, "test", (Segment("task", 0, e.length - 1),), dense(e.length)) for e in dataset.episodes]
+Scrubber(dataset, annotations, {"sparse": ["task"], "dense": ["reach", "grasp", "lift"]}, order=[3, 0, 1], reasons={3: "grasp is short"}, corrections=Path(Path("case").read_text()))"""
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory, tiny):
+    """(address, folder) of a JupyterLab process that reads and writes nothing outside of a temporary folder."""
+    folder = tmp_path_factory.mktemp("lab")
+    shutil.copytree(tiny, folder / "work/dataset")
+    settings = folder / "settings/@jupyterlab/apputils-extension/notification.jupyterlab-settings"
+    settings.parent.mkdir(parents=True)
+    settings.write_text('{"fetchNews": "false", "checkForUpdates": false}')
+    env = os.environ | {"HOME": str(folder), "IPYTHONDIR": str(folder / "ipython"), "PYTHONPATH": str(ROOT)}
+    for name in ("CONFIG", "DATA", "RUNTIME"):
+        env[f"JUPYTER_{name}_DIR"] = str(folder / name.lower())
+    for name in ("SETTINGS", "WORKSPACES"):
+        env[f"JUPYTERLAB_{name}_DIR"] = str(folder / name.lower())
+    options = ["--no-browser", "--allow-root", "--ip=127.0.0.1", "--port=0", f"--IdentityProvider.token={TOKEN}"]
+    command = [sys.executable, "-m", "jupyterlab", *options, f"--ServerApp.root_dir={folder / 'work'}"]
+    with (folder / "lab.log").open("w") as log:
+        process = subprocess.Popen(command, env=env, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        yield wait_for_server(process, folder), folder / "work"
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def wait_for_server(process: subprocess.Popen, folder: Path) -> str:
+    """The server's address once it answers; it writes it into its runtime folder."""
+    until = time.monotonic() + 180
+    while time.monotonic() < until and process.poll() is None:
+        for path in (folder / "runtime").glob("jpserver-*.json"):
+            try:
+                address = json.loads(path.read_text())["url"]
+                urllib.request.urlopen(f"{address}api/status?token={TOKEN}", timeout=10)
+                return address
+            except (OSError, ValueError):
+                pass
+        time.sleep(0.1)
+    pytest.fail(f"JupyterLab did not start:\n{(folder / 'lab.log').read_text()[-3000:]}")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as p:
+        chromium = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(scope="module")
+def page(lab, browser):
+    """A notebook of three cells in Lab, the second of which shows the scrubber."""
+    address, folder = lab
+    cells = [
+        nbformat.v4.new_markdown_cell("above"),
+        nbformat.v4.new_code_cell(CODE),
+        nbformat.v4.new_markdown_cell("below"),
+    ]
+    metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=metadata), folder / "scrub.ipynb")
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.set_default_timeout(120_000)
+    page.goto(f"{address}lab/tree/scrub.ipynb?token={TOKEN}&reset")
+    yield page
+    page.close()
+
+
+@pytest.fixture
+def path(lab, request) -> Path:
+    """Where this test's corrections go."""
+    _, folder = lab
+    (folder / "case").write_text(f"{request.node.name}.yaml")
+    return folder / f"{request.node.name}.yaml"
+
+
+@pytest.fixture
+def scrubber(page, path):
+    run_cell(page)
+    shows(page, "3:0")
+    return page.locator(".sarm-scrubber")
+
+
+def run_cell(page) -> None:
+    page.locator(".sarm-scrubber").evaluate_all("all => all.forEach(element => element.remove())")
+    page.locator(
+        ".jp-StatusBar-TextItem", has_text="| Idle"
+    ).wait_for()  # before that, Lab asks which kernel it should start
+    page.locator(".jp-CodeCell .cm-content").first.click()
+    page.keyboard.press("Control+Enter")
+
+
+def shows(page, frame: str) -> None:
+    """Wait until the pictures are those of `episode:frame`."""
+    page.locator(f".sarm-scrubber[data-shown='{frame}']").wait_for()
+
+
+def says(scrubber, text: str) -> None:
+    scrubber.locator(".message", has_text=text).wait_for()
+
+
+def pixels(scrubber) -> list[str]:
+    return scrubber.locator("canvas").evaluate_all("all => all.map(c => c.toDataURL())")
+
+
+def saved(lab, path: Path) -> list:
+    return read_corrections(path, open_dataset(lab[1] / "dataset"))
+
+
+def test_it_opens_and_the_slider_shows_another_frame(page, scrubber):
+    before = pixels(scrubber)
+    assert len(before) == 2 and before[0] != before[1]  # both cameras
+    assert scrubber.locator(".reason").inner_text() == "grasp is short"
+    slider = scrubber.locator("input[type=range]")
+    box = slider.bounding_box()
+    page.mouse.click(box["x"] + 0.7 * box["width"], box["y"] + box["height"] / 2)
+    frame = int(slider.input_value())
+    assert frame > 5
+    shows(page, f"3:{frame}")
+    after = pixels(scrubber)
+    assert after[0] != before[0] and after[1] != before[1]
+    page.keyboard.press("Home")
+    shows(page, "3:0")
+    assert pixels(scrubber) == before
+
+
+def test_a_boundary_moved_by_keyboard_is_in_the_file(page, scrubber, path, lab):
+    scrubber.focus()
+    page.keyboard.press("]")
+    shows(page, "3:5")  # at the first boundary
+    page.keyboard.press(".")
+    page.keyboard.press(".")
+    shows(page, "3:7")
+    page.keyboard.press("f")
+    says(scrubber, f"fixed, written to {path.name}")
+    (correction,) = saved(lab, path)
+    assert (correction.episode, correction.verdict, list(correction.segments)) == (3, "fix", ["dense"])
+    end = LENGTHS[3] - 1
+    assert correction.segments["dense"] == (Segment("reach", 0, 6), Segment("grasp", 7, 8), Segment("lift", 9, end))
+    assert correction.was["dense"][0] == Segment("reach", 0, 4)
+
+    run_cell(page)  # the file is the state: the next undecided episode comes first, the fix is still there
+    page.locator(".sarm-scrubber[data-episode='0']").wait_for()
+    scrubber.locator("select").select_option("3")
+    page.locator(".sarm-scrubber[data-state='fixed']").wait_for()
+    assert "reach: frames 0 to 6" in scrubber.locator(".segment").nth(1).get_attribute("title")
+
+
+def test_a_boundary_dragged_with_the_mouse(page, scrubber, path, lab):
+    box = scrubber.locator(".bar").nth(1).bounding_box()
+
+    def at(frame: float) -> float:
+        return box["x"] + frame / LENGTHS[3] * box["width"]
+
+    y = box["y"] + box["height"] / 2
+    page.mouse.move(at(9), y)
+    page.mouse.down()
+    page.mouse.move(at(12), y, steps=4)
+    shows(page, "3:12")  # the frame follows the mouse
+    page.mouse.move(at(15), y, steps=4)
+    page.mouse.up()
+    page.locator(".sarm-scrubber[data-state='edited']").wait_for()
+    assert "grasp: frames 5 to 14" in scrubber.locator(".segment").nth(2).get_attribute("title")
+    scrubber.locator(".why").fill("axd")  # letters in the field are no commands
+    scrubber.get_by_role("button", name="save fix").click()
+    says(scrubber, "fixed, written")
+    (correction,) = saved(lab, path)
+    assert [s.start for s in correction.segments["dense"]] == [0, 5, 15]
+    assert correction.why == "axd"
+
+
+def test_playing_reaches_the_last_frame(page, scrubber):
+    scrubber.focus()
+    page.keyboard.press("Space")
+    shows(page, f"3:{LENGTHS[3] - 1}")
+    scrubber.get_by_role("button", name="▶").wait_for()  # and stops there
+
+
+def test_keys_of_the_widget_do_not_edit_the_notebook(page, scrubber, path, lab):
+    scrubber.locator(".time").click()
+    for key in (
+        "a",
+        "b",
+        "d",
+        "d",
+        "x",
+        "c",
+        "v",
+        "z",
+        "m",
+        "y",
+        "r",
+        "1",
+        "Shift+M",
+        "0",
+        "0",
+        "Enter",
+        "Shift+Enter",
+    ):
+        page.keyboard.press(key)
+    page.keyboard.press("n")
+    page.locator(".sarm-scrubber[data-episode='0']").wait_for()  # so all of them have arrived
+    assert saved(lab, path)[0].verdict == "reject"
+    assert page.locator(".jp-Cell").count() == 3
+
+    stored = lab[1] / "scrub.ipynb"
+    page.keyboard.press("Control+s")  # with Ctrl, keys are Lab's as ever
+    page.wait_for_function("() => !document.querySelector('.jp-mod-dirty')")
+    after = nbformat.read(stored, as_version=4)
+    assert [(c.cell_type, c.source) for c in after.cells] == [
+        ("markdown", "above"),
+        ("code", CODE),
+        ("markdown", "below"),
+    ]
+    assert stored.stat().st_size < 100_000 and "image/jpeg" not in stored.read_text()
+
+    page.locator(".jp-CodeCell .cm-content").first.click()  # outside of it, such a key does: this test can fail
+    page.keyboard.press("Escape")
+    page.keyboard.press("b")
+    page.wait_for_function("() => document.querySelectorAll('.jp-Cell').length === 4")

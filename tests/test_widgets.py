@@ -1,0 +1,375 @@
+"""The scrubber without a browser: what its view would send, and what becomes of it."""
+
+import io
+import itertools
+
+import ipywidgets
+import nbformat
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nbclient import NotebookClient
+from PIL import Image
+
+from sarm_lib.annotations import Annotation, AnnotationError, Segment, validate
+from sarm_lib.corrections import of_now, read_corrections, read_marks, record_correction
+from sarm_lib.dataset import open_dataset
+from sarm_lib.widgets import SHORTEST, Scrubber, boundaries, moved, removed, split, spread
+
+from .conftest import CAMERAS, LENGTHS, ROOT
+
+NAMES = {"sparse": ["task"], "dense": ["reach", "grasp", "lift"]}
+
+
+@pytest.fixture(scope="module")
+def opened(tiny):
+    return open_dataset(tiny)
+
+
+@pytest.fixture
+def annotations(opened) -> list[Annotation]:
+    """Of every episode but the last."""
+    return [
+        Annotation(
+            e.index,
+            e.length,
+            "test",
+            (Segment("task", 0, e.length - 1),),
+            (Segment("reach", 0, 4), Segment("grasp", 5, 8), Segment("lift", 9, e.length - 1)),
+            confidence={"dense": (1.0, 0.3, 0.9)},
+        )
+        for e in opened.episodes[:-1]
+    ]
+
+
+class View:
+    """Stands in for the browser: sends commands, keeps what comes back."""
+
+    def __init__(self, scrubber: Scrubber):
+        self.scrubber, self.received = scrubber, []
+        scrubber.send = lambda content, buffers=(): self.received.append((content, buffers))
+
+    def __call__(self, command: str, **arguments) -> None:
+        self.scrubber._handle_custom_msg({"do": command, **arguments}, [])
+
+    @property
+    def dense(self) -> list:
+        return self.scrubber.segments["dense"]
+
+
+@pytest.fixture
+def scrubber(opened, annotations, tmp_path) -> Scrubber:
+    return Scrubber(opened, annotations, NAMES, order=[3, 0, 7], corrections=tmp_path / "corrections.yaml")
+
+
+@pytest.fixture
+def view(scrubber) -> View:
+    return View(scrubber)
+
+
+# --- what is shown ----------------------------------------------------------------------------------------------------
+
+
+def test_it_opens_on_the_most_suspicious_episode(opened, annotations, tmp_path):
+    reasons = {3: "grasp is short"}
+    shown = Scrubber(opened, annotations, NAMES, order=[3, 0], reasons=reasons, corrections=tmp_path / "c.yaml")
+    assert (shown.episode, shown.length, shown.frame, shown.head) == (3, 20, 0, "dense")
+    assert shown.picker == [[3, "grasp is short"], [0, ""]]
+    assert shown.cameras == ["top", "side"]
+    assert shown.segments["dense"] == [["reach", 0, 4], ["grasp", 5, 8], ["lift", 9, 19]]
+    assert shown.boundaries["dense"] == [[5, 2, 7, 0, 1, 0.3], [9, 7, 18, 1, 2, 0.9]]
+    assert not (tmp_path / "c.yaml").exists()  # looking writes nothing
+    assert repr(shown) == "Scrubber: 2 episodes to verify, into c.yaml"
+
+
+def test_frames_arrive_as_one_jpeg_a_camera(view, opened):
+    view("send_frame", episode=3, frame=11)
+    ((content, images),) = view.received
+    assert content == {"episode": 3, "frame": 11, "error": ""}
+    for key, image in zip(CAMERAS, images, strict=True):
+        truth = next(itertools.islice(opened.iterate_frames(key, (opened.episodes[3],)), 11, None))[1]
+        shown = np.asarray(Image.open(io.BytesIO(image)), dtype=int)
+        assert shown.shape == truth.shape and np.abs(shown - truth).mean() < 20  # noise, in a JPEG
+    view("send_frame", episode=0, frame=2)  # asked for before the person went on to episode 3
+    assert len(view.received) == 1
+
+
+def test_a_frame_that_cannot_be_read_is_an_error_beside_it(view):
+    view("send_frame", episode=3, frame=20)
+    ((content, images),) = view.received
+    assert "episode 3" in content["error"] and "no frame 20" in content["error"] and not images
+
+
+def test_no_frame_is_in_the_state(view, scrubber):
+    view("send_frame", episode=3, frame=11)
+    state = {k: v for k, v in scrubber.get_state().items() if k not in ("_esm", "_css")}
+    assert len(repr(state)) < 4000
+
+
+def test_what_cannot_be_shown_is_refused(opened, annotations, tmp_path):
+    for arguments in ({}, {"corrections": tmp_path / "c", "marks": tmp_path / "m"}):
+        with pytest.raises(ValueError, match="either corrections"):
+            Scrubber(opened, annotations, NAMES, **arguments)
+    with pytest.raises(ValueError, match=r"no episodes \[99\]"):
+        Scrubber(opened, annotations, NAMES, order=[99], corrections=tmp_path / "c")
+    with pytest.raises(ValueError, match="no episode to show"):
+        Scrubber(opened, [], NAMES, corrections=tmp_path / "c")
+    (tmp_path / "broken.yaml").write_text("]")
+    with pytest.raises(AnnotationError, match="not YAML"):
+        Scrubber(opened, annotations, NAMES, corrections=tmp_path / "broken.yaml")
+
+
+# --- edits ------------------------------------------------------------------------------------------------------------
+
+
+def test_select_nudge_and_undo(view, scrubber):
+    view("select", step=1, frame=0)
+    assert scrubber.selected == 0 and view.received[-1][0] == {"go": 5}
+    view("nudge", by=1)
+    assert view.dense[:2] == [["reach", 0, 5], ["grasp", 6, 8]] and view.received[-1][0] == {"go": 6}
+    view("nudge", by=10)  # only as far as the neighbour allows
+    assert view.dense[:2] == [["reach", 0, 6], ["grasp", 7, 8]]
+    assert scrubber.states == {"3": "edited"}
+    view("undo")
+    view("undo")
+    assert view.dense[:2] == [["reach", 0, 4], ["grasp", 5, 8]] and scrubber.states == {}
+    view("undo")
+    assert "nothing to undo" in scrubber.error
+    view("nudge", by=1)
+    assert "no boundary is selected" in scrubber.error
+    view("select", step=-1, frame=12)
+    assert scrubber.selected == 1 and scrubber.error == ""
+    view("select", step=1, frame=12)
+    assert scrubber.selected == 1  # there is none after it
+    view("select", step=-1, frame=12)
+    assert scrubber.selected == 0
+
+
+def test_drag(view, scrubber):
+    view("activate", head="sparse")
+    view("move", head="dense", boundary=1, at=15)
+    assert view.dense == [["reach", 0, 4], ["grasp", 5, 14], ["lift", 15, 19]]
+    assert (scrubber.head, scrubber.selected) == ("dense", 1)
+    view("move", head="dense", boundary=1, at=400)
+    assert view.dense[-1] == ["lift", 18, 19]
+    view("move", head="dense", boundary=7, at=3)
+    assert "no boundary 7" in scrubber.error
+
+
+def test_split_rename_and_merge(view, scrubber):
+    view("split", frame=12)
+    assert view.dense == [["reach", 0, 4], ["grasp", 5, 8], ["lift", 9, 11], ["lift", 12, 19]]
+    assert scrubber.selected == 2
+    view("rename", frame=12, number=1)
+    assert view.dense[-1] == ["reach", 12, 19]
+    view("split", frame=14)
+    assert view.dense[-2:] == [["reach", 12, 13], ["grasp", 14, 19]]  # what follows usually
+    view("merge")
+    assert view.dense[-1] == ["reach", 12, 19] and scrubber.selected == -1
+    view("merge")
+    assert "no boundary is selected" in scrubber.error
+    view("split", frame=1)
+    assert "too near to an end of 'reach' (0 to 4)" in scrubber.error
+    view("rename", frame=3, number=4)
+    assert "no number 4" in scrubber.error
+
+
+def test_gaps_have_two_boundaries_and_close():
+    segments = (Segment("a", 2, 5), Segment("b", 8, 11))
+    found = boundaries(segments, 14)
+    assert [(b.at, b.low, b.high) for b in found] == [(2, 0, 4), (6, 4, 8), (8, 6, 10), (12, 10, 14)]
+    assert moved(segments, found[1], 99) == (Segment("a", 2, 7), Segment("b", 8, 11))
+    assert removed(segments, found[2]) == (Segment("a", 2, 5), Segment("b", 6, 11))
+    assert removed(segments, found[0]) == (Segment("a", 0, 5), Segment("b", 8, 11))
+    assert removed(segments, found[3]) == (Segment("a", 2, 5), Segment("b", 8, 13))
+    with pytest.raises(AnnotationError, match="frame 6 lies in no segment"):
+        split(segments, 6, ["a", "b"])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(4, 60), st.lists(st.tuples(st.sampled_from("msx"), st.integers(-5, 70), st.integers(0, 9))))
+def test_no_edit_makes_an_invalid_annotation(length, edits):
+    names = ["a", "b", "c"]
+    segments = spread(names, length)
+    for kind, frame, which in edits:
+        found = boundaries(segments, length)
+        try:
+            if kind == "s":
+                segments = split(segments, frame, names)
+            elif found:
+                boundary = found[which % len(found)]
+                segments = moved(segments, boundary, frame) if kind == "m" else removed(segments, boundary)
+        except AnnotationError:
+            pass
+        validate(Annotation(0, length, "test", None, segments), {"dense": names}, length)
+        assert all(s.end - s.start + 1 >= SHORTEST for s in segments)
+
+
+def test_edits_stay_as_a_draft_while_other_episodes_are_shown(view, scrubber):
+    view("move", head="dense", boundary=0, at=6)
+    view("show_episode", episode=0)
+    assert (scrubber.episode, scrubber.length, scrubber.frame, scrubber.selected) == (0, 14, 0, -1)
+    assert view.dense[0] == ["reach", 0, 4] and scrubber.states == {"3": "edited"}
+    view("show_episode", episode=3)
+    assert view.dense[0] == ["reach", 0, 5]
+    view("undo")
+    assert view.dense[0] == ["reach", 0, 4]
+
+
+# --- verdicts ---------------------------------------------------------------------------------------------------------
+
+
+def test_accept_fix_and_reject_are_written(view, scrubber, opened, tmp_path):
+    path = tmp_path / "corrections.yaml"
+    view("accept", why="fine")
+    assert scrubber.states == {"3": "accepted"} and "written to corrections.yaml" in scrubber.status
+    view("show_episode", episode=0)
+    view("move", head="dense", boundary=0, at=6)
+    view("fix", why="late")
+    view("show_episode", episode=7)
+    view("reject")
+    assert scrubber.states == {"0": "fixed", "3": "accepted", "7": "rejected"}
+    fix, accept, reject = read_corrections(path, opened)
+    assert (accept.episode, accept.verdict, accept.why, accept.segments) == (3, "accept", "fine", {})
+    assert (fix.verdict, fix.why, list(fix.segments)) == ("fix", "late", ["dense"])  # sparse is as it was annotated
+    assert fix.segments["dense"][:2] == (Segment("reach", 0, 5), Segment("grasp", 6, 8))
+    assert fix.was["dense"][0] == Segment("reach", 0, 4)
+    assert (reject.episode, reject.verdict, reject.was) == (7, "reject", {})
+
+
+def test_comments_in_the_file_stay(view, scrubber, tmp_path):
+    path = tmp_path / "corrections.yaml"
+    view("accept")
+    path.write_text("# looked at by two of us\n" + path.read_text())
+    view("show_episode", episode=0)
+    view("move", head="dense", boundary=0, at=6)
+    view("fix")
+    assert path.read_text().startswith("# looked at by two of us\n")
+
+
+def test_the_file_is_shown_when_the_cell_runs_again(view, scrubber, opened, annotations, tmp_path):
+    view("move", head="dense", boundary=0, at=6)
+    view("fix", why="late")
+    again = Scrubber(opened, annotations, NAMES, order=[3, 0, 7], corrections=tmp_path / "corrections.yaml")
+    assert again.episode == 0 and again.states == {"3": "fixed"}  # the first without a verdict
+    view = View(again)
+    view("show_episode", episode=3)
+    assert view.dense[0] == ["reach", 0, 5] and again.why == "late"
+    view("undo")  # the annotation itself: accepting it is another verdict
+    assert view.dense[0] == ["reach", 0, 4] and again.states == {"3": "fixed, edited"}
+    view("accept")
+    assert again.states == {"3": "accepted"}
+    view("withdraw")
+    assert again.states == {} and read_corrections(tmp_path / "corrections.yaml", opened) == []
+    view("withdraw")
+    assert "says nothing about episode 3" in again.error
+
+
+def test_withdrawing_a_fix_keeps_its_segments_as_a_draft(view, scrubber):
+    view("move", head="dense", boundary=0, at=6)
+    view("fix")
+    view("withdraw")
+    assert scrubber.states == {"3": "edited"} and view.dense[0] == ["reach", 0, 5]
+
+
+def test_what_no_longer_fits_is_said(opened, annotations, tmp_path):
+    path = tmp_path / "corrections.yaml"
+    record_correction(path, opened, of_now(annotations[0], "fix", {"dense": (Segment("reach", 0, 99),)}))
+    was = Annotation(1, LENGTHS[1], "test", None, (Segment("reach", 0, LENGTHS[1] - 1),))
+    record_correction(path, opened, of_now(was, "accept"))
+    scrubber = Scrubber(opened, annotations, NAMES, corrections=path)
+    assert scrubber.states == {"0": "unfit", "1": "outdated"}
+    scrubber.show_episode(0)
+    assert "leaves the episode's 14 frames" in scrubber.status
+    assert scrubber.segments["dense"][0] == ["reach", 0, 4]
+    scrubber.show_episode(1)
+    assert "look again" in scrubber.status
+
+
+def test_verdicts_that_contradict_what_is_shown_are_refused(view, scrubber, tmp_path):
+    view("fix")
+    assert "nothing differs" in scrubber.error
+    view("move", head="dense", boundary=0, at=6)
+    view("accept")
+    assert "differs from the annotation" in scrubber.error and scrubber.states == {"3": "edited"}
+    view("show_episode", episode=7)
+    view("accept")
+    assert "no annotation to accept" in scrubber.error
+    assert not (tmp_path / "corrections.yaml").exists()
+
+
+def test_a_file_that_cannot_be_written_loses_nothing(view, scrubber, tmp_path):
+    view("move", head="dense", boundary=0, at=6)
+    (tmp_path / "corrections.yaml").write_text("]")
+    view("fix")
+    assert "not YAML" in scrubber.error and (tmp_path / "corrections.yaml").read_text() == "]"
+    assert view.dense[0] == ["reach", 0, 5] and scrubber.states == {"3": "edited"}
+    (tmp_path / "corrections.yaml").unlink()
+    view("fix")
+    assert scrubber.error == "" and scrubber.states == {"3": "fixed"}
+
+
+def test_an_invalid_annotation_is_never_written(opened, tmp_path):
+    """Segments that came in invalid: edits keep them, the gate refuses them."""
+    bad = Annotation(2, 16, "test", (Segment("task", 0, 15),), (Segment("unheard of", 0, 15),))
+    scrubber = Scrubber(opened, [bad], NAMES, corrections=tmp_path / "corrections.yaml")
+    view = View(scrubber)
+    view("split", frame=8)
+    view("fix")
+    assert "unknown subtask 'unheard of'" in scrubber.error and not (tmp_path / "corrections.yaml").exists()
+    view("rename", frame=3, number=2)
+    view("fix")
+    assert scrubber.states == {"2": "fixed"}
+
+
+def test_unknown_commands_do_nothing(view, scrubber):
+    for command in ("close", "_record", "__init__", None):
+        view(command)
+        assert "unknown command" in scrubber.error
+
+
+# --- marks ------------------------------------------------------------------------------------------------------------
+
+
+def test_marking_starts_with_the_vocabulary_spread_evenly(opened, annotations, tmp_path):
+    path = tmp_path / "marks.yaml"
+    scrubber = Scrubber(opened, [], NAMES, order=[3, 0], marks=path)
+    view = View(scrubber)
+    assert scrubber.mode == "mark" and view.dense == [["reach", 0, 6], ["grasp", 7, 12], ["lift", 13, 19]]
+    assert spread(["a", "b", "c"], 5) == (Segment("a", 0, 4),)  # too short for all of them
+    for refused in ("accept", "reject"):
+        view(refused)
+        assert scrubber.error
+    view("move", head="dense", boundary=0, at=5)
+    view("fix", why="by eye")
+    assert scrubber.states == {"3": "marked"}
+    (mark,) = read_marks(path, opened, NAMES)
+    assert mark.dense[0] == Segment("reach", 0, 4) and mark.provenance["why"] == "by eye"
+
+    again = Scrubber(opened, [], NAMES, order=[3, 0], marks=path)
+    assert again.episode == 0 and again.states == {"3": "marked"}
+    again.show_episode(3)
+    assert again.segments["dense"][0] == ["reach", 0, 4]
+    View(again)("withdraw")
+    assert read_marks(path, opened, NAMES) == []
+
+
+# --- without a browser ------------------------------------------------------------------------------------------------
+
+
+def test_an_executed_notebook_goes_on_and_stays_small(tiny):
+    source = f"""
+from sarm_lib.dataset import open_dataset
+from sarm_lib.widgets import Scrubber
+Scrubber(open_dataset({str(tiny)!r}), [], {{"dense": ["reach", "grasp"]}}, marks="marks.yaml")"""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
+    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(ROOT)}}).execute()
+    (output,) = notebook.cells[0].outputs
+    assert output.data["text/plain"] == "Scrubber: 8 episodes to mark, into marks.yaml"
+    assert set(output.data) == {"text/plain", "application/vnd.jupyter.widget-view+json"}
+    assert len(nbformat.writes(notebook)) < 60_000
+
+
+def teardown_module():
+    ipywidgets.Widget.close_all()
