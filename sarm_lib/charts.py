@@ -313,15 +313,12 @@ def confusion(table: pd.DataFrame, title: str) -> alt.LayerChart:
     return (fill + text).properties(width=90 * len(order), height=34 * len(order))
 
 
-def shares(table: pd.DataFrame, group: str, value: str, title: str, threshold: float | None = None) -> alt.LayerChart:
-    """A share in [0, 1] by group, with a threshold."""
+def shares(table: pd.DataFrame, group: str, value: str, title: str) -> alt.LayerChart:
+    """A share in [0, 1] by group."""
     base = alt.Chart(table, title=title).encode(y=alt.Y(f"{group}:N", title=None, sort=list(table[group])))
-    bars = base.mark_bar(color=PREDICTED).encode(x=alt.X(f"{value}:Q", scale=alt.Scale(domain=[0, 1])))
-    text = base.mark_text(align="left", dx=4).encode(x=f"{value}:Q", text=alt.Text(f"{value}:Q", format=".3f"))
-    layers = [bars, text]
-    if threshold is not None:
-        layers.append(alt.Chart(pd.DataFrame({"x": [threshold]})).mark_rule(strokeDash=[4, 3]).encode(x="x:Q"))
-    return alt.layer(*layers).properties(width=WIDTH, height=24 * len(table))
+    x = alt.X(f"{value}:Q", scale=alt.Scale(domain=[0, 1]), title=value.replace("_", " "))
+    text = base.mark_text(align="left", dx=4).encode(x=x, text=alt.Text(f"{value}:Q", format=".3f"))
+    return (base.mark_bar(color=PREDICTED).encode(x=x) + text).properties(width=WIDTH, height=24 * len(table))
 
 
 def _fitting(text: str, draw: ImageDraw.ImageDraw, font, width: float) -> str:

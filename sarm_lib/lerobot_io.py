@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sarm_lib.annotations import Annotation, Segment, columns
-from sarm_lib.artifacts import staged
+from sarm_lib.artifacts import remove, staged
 from sarm_lib.dataset import ANNOTATION_MARK, Dataset
 from sarm_lib.stages import Labels, targets
 
@@ -41,14 +41,17 @@ def write_annotated_dataset(
 
 
 def link_media(source: Path, target: Path) -> None:
-    """Link data, videos and images of `source` into `target` (DVC keeps only `target/meta`)."""
-    target.mkdir(parents=True, exist_ok=True)
+    """Link every file of data, videos and images of `source` into `target` (DVC keeps only `target/meta`).
+
+    The folders are real ones: the Hub's upload and many tools do not look into a folder that is a link.
+    """
     for name in MEDIA:
-        link = target / name
-        if link.is_symlink():
-            link.unlink()
-        if (source / name).is_dir():
-            link.symlink_to(os.path.relpath((source / name).resolve(), target.resolve()), target_is_directory=True)
+        remove(target / name)
+        for file in sorted((source / name).rglob("*")):
+            if file.is_file():
+                link = target / file.relative_to(source)
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(os.path.relpath(file.resolve(), link.parent.resolve()))
 
 
 def _with_columns(table: pa.Table, added: dict[str, list]) -> pa.Table:

@@ -8,6 +8,7 @@ gives stage logits and, by a sigmoid, τ.
 Parameters have LeRobot's names and shapes, so a checkpoint of one camera and 512-wide features is LeRobot's (`checkpoint`).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -64,13 +65,17 @@ class StreamTransformer(nn.Module):
 
     def forward(self, windows: Windows, head: str, extra: Tensor | None = None) -> Tensor:
         """Head outputs (B, T, size); `extra` (B, T, ≤ D) is one more stream, zero-padded to the width."""
+        return self.heads[head](self.features(windows, extra))
+
+    def features(self, windows: Windows, extra: Tensor | None = None) -> Tensor:
+        """What every head reads, (B, T, D)."""
         x = self.embed(windows, extra)
         batch, streams, length, width = x.shape
         padding = ~windows.valid[:, None].expand(batch, streams, length).reshape(batch, -1)
         causal = torch.ones(streams * length, streams * length, dtype=torch.bool, device=x.device).triu(1)
         h = self.transformer(x.reshape(batch, -1, width), mask=causal, src_key_padding_mask=padding, is_causal=True)
         h = h.view(batch, streams, length, width).transpose(1, 2).reshape(batch, length, -1)
-        return self.heads[head](self.fusion_backbone(h))
+        return self.fusion_backbone(h)
 
     def embed(self, windows: Windows, extra: Tensor | None) -> Tensor:
         """Project every stream to the model's width: (B, streams, T, D)."""
@@ -102,12 +107,18 @@ class Sarm(nn.Module):
         self.stage_model = StreamTransformer(spec, classes)
         self.subtask_model = StreamTransformer(spec, dict.fromkeys(HEADS, 1), extra_streams=1)
 
-    def stage_logits(self, windows: Windows, head: str) -> Tensor:
-        """(B, T, K). One stage needs no model: its softmax is 1 whatever the logit, and its loss has no gradient."""
-        if self.spec.num_stages(head) == 1:
-            batch, _, length, _ = windows.images.shape
-            return windows.images.new_zeros(batch, length, 1)
-        return self.stage_model(windows, head)
+    def stage_logits(self, windows: Windows, heads: Sequence[str]) -> dict[str, Tensor]:
+        """Of each head (B, T, K). The heads share one pass; one stage needs none: its softmax is 1 whatever the logit, and
+        its loss has no gradient."""
+        batch, _, length, _ = windows.images.shape
+        several = [head for head in heads if self.spec.num_stages(head) > 1]
+        features = self.stage_model.features(windows) if several else None
+        return {
+            head: self.stage_model.heads[head](features)
+            if head in several
+            else windows.images.new_zeros(batch, length, 1)
+            for head in heads
+        }
 
     def tau(self, windows: Windows, head: str, stage: Tensor) -> Tensor:
         """τ (B, T) in [0, 1] given stages (B, T) int64."""
@@ -116,6 +127,6 @@ class Sarm(nn.Module):
 
     def predict(self, windows: Windows, head: str) -> Prediction:
         """k̂ = argmax of the stage head, τ̂ given k̂."""
-        probabilities = self.stage_logits(windows, head).softmax(-1)
+        probabilities = self.stage_logits(windows, [head])[head].softmax(-1)
         stage = probabilities.argmax(-1)
         return Prediction(probabilities, stage, self.tau(windows, head, stage))

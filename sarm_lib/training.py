@@ -99,8 +99,9 @@ class SarmLoss(nn.Module):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """`loss` and its parts, one number each."""
         valid, parts = batch.windows.valid, {}
+        stage_logits = self.sarm.stage_logits(batch.windows, list(batch.stage))
         for head, true_stage in batch.stage.items():
-            logits = self.sarm.stage_logits(batch.windows, head)
+            logits = stage_logits[head]
             prior = torch.where(batch.given[:, None], true_stage, logits.argmax(-1))
             tau = self.sarm.tau(batch.windows, head, prior)
             parts[f"{head}_stage_loss"] = F.cross_entropy(logits[valid], true_stage[valid])

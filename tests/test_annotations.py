@@ -169,7 +169,13 @@ def test_lerobot_opens_the_annotated_dataset_and_every_row_is_the_right_episode_
     ]
     write_annotated_dataset(dataset, written, {"sparse": {"reach": 0.4, "grasp": 0.6}}, tmp_path / "target")
     opened = LeRobotDataset("test/target", root=tmp_path / "target", video_backend="pyav")
-    assert (tmp_path / "target/videos").is_symlink() and len(opened) == dataset.num_frames
+    assert len(opened) == dataset.num_frames
+    media = [path for path in (tmp_path / "target").rglob("*") if path.is_file() and "meta" not in path.parts]
+    assert media and all(path.is_symlink() for path in media)  # nothing is copied
+    from huggingface_hub import HfApi
+
+    uploads = HfApi()._prepare_upload_folder_additions(str(tmp_path / "target"), path_in_repo="")
+    assert {str(path.relative_to(tmp_path / "target")) for path in media} < {u.path_in_repo for u in uploads}
     rows = opened.meta.episodes
     for i, row in enumerate(rows):
         expected = None if i == 3 else [0, i + 2]

@@ -43,3 +43,57 @@ def test_an_override_writes_to_scratch_and_leaves_the_outputs_alone(tmp_path, pr
     assert (copy / "outputs/metrics/rabc.json").read_bytes() == before
     (scratch,) = (copy / "outputs/scratch").glob("*/metrics/rabc.json")
     assert '"kappa": 0.9' in scratch.read_text()
+
+
+def test_people_s_verdicts_reach_training_and_partly_annotated_datasets_are_scored_whole(tmp_path, project):
+    """Some episodes annotated, one of them rejected, one fixed: SARM learns from the others, and all are scored."""
+    import shutil
+
+    import pandas as pd
+    import yaml
+
+    from sarm_lib import annotations, corrections, dataset, params
+    from sarm_lib.artifacts import read_json
+    from sarm_lib.lerobot_io import read_labels
+
+    copy = shutil.copytree(project, tmp_path / "p", symlinks=True)
+    values = yaml.safe_load((copy / "params.yaml").read_text())
+    config = params.load(copy / "params.yaml")
+    demos, names = dataset.from_params(config), annotations.vocabulary(config)
+    train, test = [[e.index for e in demos.split(s)] for s in ("train", "test")]
+    chosen = sorted(e.index for e in demos.episodes if e.index != test[0])
+    values["annotate"]["episodes"] = chosen
+    values["verify"]["corrections"] = "corrections.yaml"
+    (copy / "params.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    given = {a.episode: a for a in annotations.load(copy / "outputs/annotations", names, demos)}
+    marked = {m.episode for m in corrections.read_marks(copy / "marks.yaml", demos, names)}
+    doubtful = next(i for i in train if i not in marked)
+    rejected = next(i for i in train if i != doubtful)
+    fix = {"dense": (annotations.Segment(names["dense"][0], 0, given[doubtful].length - 1),)}
+    corrections.record_correction(
+        copy / "corrections.yaml", demos, corrections.of_now(given[doubtful], "fix", fix, why="it never leaves")
+    )
+    corrections.record_correction(copy / "corrections.yaml", demos, corrections.of_now(given[rejected], "reject"))
+    for name in ("01_annotate", "02_verify", "03_train_sarm", "05_compute_rabc"):
+        run_notebook(copy, name)
+    metrics = read_json(copy / "outputs/metrics/verify.json")
+    assert metrics["rejected"] == [rejected] and metrics["corrections"] == {"fixed": 1, "rejected": 1}
+    labels = read_labels(copy / "outputs/dataset", demos, config.heads)
+    assert labels.annotated == set(chosen) - {rejected}
+    assert set(labels.stage["dense"][demos.episodes[doubtful].rows]) == {0}
+    progress = pd.read_parquet(copy / "outputs/sarm_progress.parquet")
+    assert set(progress.episode_index) == {e.index for e in demos.episodes}
+    assert progress[["progress_sparse"]].notna().all().all()
+
+
+@pytest.mark.parametrize("mode", ["single_stage", "dense_only"])
+def test_the_chain_runs_in_every_annotation_mode(tmp_path, tiny, tiny_encoder, mode):
+    from sarm_lib.artifacts import read_json
+    from tests.conftest import make_project
+
+    project = make_project(tmp_path / "p", tiny, tiny_encoder, {"base.annotation_mode": mode})
+    for name in chapters():
+        run_notebook(project, name)
+    heads = {"single_stage": {"sparse"}, "dense_only": {"sparse", "dense"}}[mode]
+    metrics = read_json(project / "outputs/metrics/verify.json")
+    assert set(metrics["proportions"]) == heads and metrics["proportions"]["sparse"] == {"task": 1.0}
