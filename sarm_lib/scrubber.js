@@ -1,6 +1,7 @@
 // The scrubber's view. The kernel (widgets.py) owns the segments and every edit; this draws them, plays frames, and
-// turns keys and the mouse into commands. To the kernel go {do: command, ...}; from it come changed traits,
-// {go: frame}, and frames: {episode, frame, error} with one JPEG a camera.
+// turns keys and the mouse into commands. To the kernel go {do: command, ...}, never a trait: their echoes would arrive
+// late and move the playhead back. From it come changed traits, {go: frame}, and frames: {episode, frame, error} with
+// one JPEG a camera.
 
 const AHEAD = 4; // frames to fetch in the direction of the last move, so that the next one is there already
 const AHEAD_PLAYING = 12;
@@ -98,7 +99,7 @@ function render({ model, el }) {
   let episode = null, frame = 0, direction = 1, playing = false;
   const kept = new Map(); // frame: JPEGs or an error, of this episode
   const asked = new Map(); // frame: is it for showing, or ahead of that
-  let turnOfPaint = 0, painted = 0, unreadable = "";
+  let turnOfPaint = 0, painted = 0, rested = 0, unreadable = "";
 
   function fetchFrames() {
     const ahead = playing ? AHEAD_PLAYING : AHEAD;
@@ -108,10 +109,7 @@ function render({ model, el }) {
       asked.set(next, i === 0);
       command("send_frame", { episode, frame: next });
     }
-    if (!asked.size && !playing && get("frame") !== frame) {
-      model.set("frame", frame); // at rest only: a trait a frame would keep the kernel busy
-      model.save_changes();
-    }
+    if (!asked.size && !playing && rested !== frame) command("rest", { episode, frame: (rested = frame) });
   }
 
   function receive(content, buffers) {
@@ -294,7 +292,7 @@ function render({ model, el }) {
 
   function draw() {
     if (episode !== get("episode")) {
-      [episode, frame, direction] = [get("episode"), get("frame"), 1];
+      [episode, frame, rested, direction] = [get("episode"), get("frame"), get("frame"), 1];
       kept.clear();
       asked.clear();
       play(false);
@@ -357,8 +355,9 @@ function render({ model, el }) {
     ...(marking ? {} : { a: () => decide("accept"), r: () => decide("reject") }),
   };
 
-  // JupyterLab sees keys before this widget does, and in command mode a, d or x edit the notebook's cells; this
-  // attribute keeps it away. With Ctrl held it is off, so that saving the notebook still works.
+  // In JupyterLab's command mode a, d or x edit the notebook's cells. Its newer versions see keys after this widget, which
+  // stops them below; older ones see them before, and heed this attribute. With Ctrl held it is off, so that saving the
+  // notebook still works.
   const guard = (event) => root.toggleAttribute("data-lm-suppress-shortcuts", !(event.ctrlKey || event.metaKey));
   guard({});
   root.addEventListener("focusin", guard);
@@ -384,17 +383,14 @@ function render({ model, el }) {
   // --- life ---------------------------------------------------------------------------------------------------------
 
   const traits = ["episode", "segments", "boundaries", "selected", "head", "states", "status", "error"];
-  const moved = () => get("frame") !== frame && episode === get("episode") && go(get("frame"));
   const signed = () => (why.value = get("why"));
   traits.forEach((trait) => model.on(`change:${trait}`, draw));
-  model.on("change:frame", moved);
   model.on("change:why", signed);
   model.on("msg:custom", receive);
   draw();
   return () => {
     play(false);
     traits.forEach((trait) => model.off(`change:${trait}`, draw));
-    model.off("change:frame", moved);
     model.off("change:why", signed);
     model.off("msg:custom", receive);
   };

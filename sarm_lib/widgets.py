@@ -126,7 +126,7 @@ class Scrubber(anywidget.AnyWidget):
 
     episode = traitlets.Int().tag(sync=True)
     length = traitlets.Int().tag(sync=True)
-    frame = traitlets.Int().tag(sync=True)  # where the view rests; the view leads while it moves
+    frame = traitlets.Int().tag(sync=True)  # where the view came to rest, and starts when the page is loaded again
     head = traitlets.Unicode().tag(sync=True)  # the head that keys edit
     segments = traitlets.Dict().tag(sync=True)  # head: [subtask, first frame, last frame]
     boundaries = traitlets.Dict().tag(sync=True)  # head: [at, low, high, left, right, confidence]
@@ -136,7 +136,7 @@ class Scrubber(anywidget.AnyWidget):
     error = traitlets.Unicode().tag(sync=True)
 
     COMMANDS = frozenset(
-        "send_frame show_episode activate select move nudge split merge rename undo accept fix reject withdraw".split()
+        "send_frame rest show_episode activate select move nudge split merge rename undo accept fix reject withdraw".split()
     )
 
     def __init__(
@@ -188,7 +188,7 @@ class Scrubber(anywidget.AnyWidget):
         if command not in self.COMMANDS:
             self.error = f"unknown command {command!r}"
             return
-        if command != "send_frame":
+        if command not in ("send_frame", "rest"):
             self.error = ""
         try:
             getattr(self, command)(**arguments)
@@ -206,6 +206,15 @@ class Scrubber(anywidget.AnyWidget):
             log.warning("%s", error)
             images, problem = [], str(error)
         self.send({"episode": episode, "frame": frame, "error": problem}, buffers=images)
+
+    def rest(self, episode: int, frame: int) -> None:
+        """Remember where the view has stopped."""
+        if episode == self.episode:
+            self.frame = frame
+
+    def look_at(self, frame: int) -> None:
+        """Move the view's playhead. A message, as the view's own position may be newer than the trait."""
+        self.send({"go": min(max(frame, 0), self.length - 1)})
 
     def show_episode(self, episode: int) -> None:
         """Show an episode; edits of the one before stay as a draft."""
@@ -231,7 +240,7 @@ class Scrubber(anywidget.AnyWidget):
             chosen = sum(b.at <= frame for b in found) - (step < 0)
         if 0 <= chosen < len(found):
             self.selected = chosen
-            self._go(found[chosen].at)
+            self.look_at(found[chosen].at)
 
     def move(self, head: str, boundary: int, at: int) -> None:
         """Select a boundary and move it to `at`, or as near as its neighbours allow."""
@@ -249,7 +258,7 @@ class Scrubber(anywidget.AnyWidget):
         boundary = self._selected_boundary()
         self.move(self.head, self.selected, boundary.at + by)
         if self.selected >= 0:
-            self._go(self._boundaries(self.head)[self.selected].at)
+            self.look_at(self._boundaries(self.head)[self.selected].at)
 
     def split(self, frame: int) -> None:
         """Begin a new segment at `frame`."""
@@ -384,10 +393,6 @@ class Scrubber(anywidget.AnyWidget):
 
     def _select_at(self, at: int) -> None:
         self.selected = next((i for i, b in enumerate(self._boundaries(self.head)) if b.at == at), -1)
-
-    def _go(self, frame: int) -> None:
-        """Move the playhead in the view. A message: the view's own position may be newer than the trait."""
-        self.send({"go": min(frame, self.length - 1)})
 
     def _edit(self, head: str, segments: Segments) -> None:
         if segments != self._shown[head]:

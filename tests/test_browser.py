@@ -147,6 +147,7 @@ def test_it_opens_and_the_slider_shows_another_frame(page, scrubber):
     assert len(before) == 2 and before[0] != before[1]  # both cameras
     assert scrubber.locator(".reason").inner_text() == "grasp is short"
     slider = scrubber.locator("input[type=range]")
+    slider.scroll_into_view_if_needed()
     box = slider.bounding_box()
     page.mouse.click(box["x"] + 0.7 * box["width"], box["y"] + box["height"] / 2)
     frame = int(slider.input_value())
@@ -182,7 +183,9 @@ def test_a_boundary_moved_by_keyboard_is_in_the_file(page, scrubber, path, lab):
 
 
 def test_a_boundary_dragged_with_the_mouse(page, scrubber, path, lab):
-    box = scrubber.locator(".bar").nth(1).bounding_box()
+    bar = scrubber.locator(".bar").nth(1)
+    bar.scroll_into_view_if_needed()
+    box = bar.bounding_box()
 
     def at(frame: float) -> float:
         return box["x"] + frame / LENGTHS[3] * box["width"]
@@ -250,6 +253,8 @@ def test_keys_of_the_widget_do_not_edit_the_notebook(page, scrubber, path, lab):
     assert stored.stat().st_size < 100_000 and "image/jpeg" not in stored.read_text()
 
     page.locator(".jp-CodeCell .cm-content").first.click()  # outside of it, such a key does: this test can fail
+    page.locator(".jp-Notebook.jp-mod-editMode").wait_for()
     page.keyboard.press("Escape")
+    page.locator(".jp-Notebook.jp-mod-commandMode").wait_for()
     page.keyboard.press("b")
     page.wait_for_function("() => document.querySelectorAll('.jp-Cell').length === 4")

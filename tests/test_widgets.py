@@ -120,6 +120,16 @@ def test_what_cannot_be_shown_is_refused(opened, annotations, tmp_path):
         Scrubber(opened, annotations, NAMES, corrections=tmp_path / "broken.yaml")
 
 
+def test_the_position_is_remembered_for_the_episode_that_is_shown(view, scrubber):
+    view("rest", episode=3, frame=11)
+    assert scrubber.frame == 11
+    view("show_episode", episode=0)
+    view("rest", episode=3, frame=12)  # sent before the person went on
+    assert scrubber.frame == 0
+    scrubber.look_at(99)
+    assert view.received[-1][0] == {"go": LENGTHS[0] - 1}
+
+
 # --- edits ------------------------------------------------------------------------------------------------------------
 
 
