@@ -169,7 +169,8 @@ def write_marks(project: Path) -> None:
     from sarm_lib import annotations, corrections, dataset, params
     from sarm_lib.annotations import Annotation, Segment
 
-    config = params.load(project / "params.yaml", {"base.annotation_mode": "dual"})
+    local = {"base.annotation_mode": "dual", "base.dataset": "data/tiny", "base.revision": None}
+    config = params.load(project / "params.yaml", local)
     demos, names = dataset.from_params(config), annotations.vocabulary(config)
     for episode in [*demos.split("train")[:3], *demos.split("val")[:1]]:
         heads = {}

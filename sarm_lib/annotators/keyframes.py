@@ -17,6 +17,7 @@ from scipy.signal import find_peaks
 from sarm_lib.agreement import segments_of
 from sarm_lib.annotations import SINGLE_STAGE, Annotation, AnnotationError, whole_episode
 from sarm_lib.annotators.sequences import Chain, best_path, chain, standardised, velocity
+from sarm_lib.artifacts import code_digest
 from sarm_lib.dataset import Dataset, Episode, rows_of
 
 REACH = 0.1  # seconds before and after a frame over which motion is compared
@@ -31,7 +32,11 @@ class KeyframeAnnotator:
 
     def __init__(self, dataset: Dataset, vocabulary: dict[str, list[str]]) -> None:
         self.dataset, self.vocabulary = dataset, vocabulary
-        self.identity = {"annotator": "keyframes", "state_key": dataset.state_key}
+        self.identity = {
+            "annotator": "keyframes",
+            "code": code_digest("annotators.keyframes"),
+            "state_key": dataset.state_key,
+        }
 
     def annotate(self, episodes: Sequence[Episode]) -> Iterator[Annotation]:
         """Fit each head on the training episodes, then decode every episode."""

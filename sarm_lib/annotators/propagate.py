@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sarm_lib.agreement import segments_of
 from sarm_lib.annotations import Annotation, AnnotationError
 from sarm_lib.annotators.sequences import Chain, best_path, chain, entries, standardised, velocity
-from sarm_lib.artifacts import digest
+from sarm_lib.artifacts import code_digest, digest
 from sarm_lib.dataset import Dataset, Episode, rows_of
 from sarm_lib.encoder import Embeddings
 
@@ -57,6 +57,7 @@ class PropagateAnnotator:
                 )
         self.identity = {
             "annotator": "propagate",
+            "code": code_digest("annotators.propagate"),
             "marks": digest([[m.episode, *(str(m.head(h)) for h in self.heads)] for m in self.marks]),
             "encoder": embeddings.encoder_identity,
             "cameras": sorted(embeddings.cameras),

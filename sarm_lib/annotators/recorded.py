@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from sarm_lib.agreement import segments_of
 from sarm_lib.annotations import SINGLE_STAGE, Annotation, AnnotationError, Segment, whole_episode
 from sarm_lib.annotators import Failure
-from sarm_lib.artifacts import digest
+from sarm_lib.artifacts import code_digest, digest
 from sarm_lib.dataset import Dataset, Episode
 
 LANGUAGE, INDEX = "language_persistent", "subtask_index"
@@ -48,6 +48,7 @@ class RecordedAnnotator:
                 )
         self.identity = {
             "annotator": "dataset",
+            "code": code_digest("annotators.recorded"),
             "labels": digest({h: sorted(map(str, v.items())) for h, v in self.labels.items()}),
         }
 
