@@ -10,6 +10,7 @@ is put. Check the doubtful ones, mark one or two of them, and run again.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -71,13 +72,15 @@ class PropagateAnnotator:
         examples = [(features[where[e].rows], y) for e, y in labels.items()]
         order = np.array([[self.names[h].index(n) for h, n in zip(self.heads, s)] for s in states])
         model = chain(list(labels.values()), np.lexsort(order.T).argsort())
-        ensemble = [train(examples, len(states), self.seed + i) for i in range(MEMBERS)]
+        with one_thread():
+            ensemble = [train(examples, len(states), self.seed + i) for i in range(MEMBERS)]
         marked = {mark.episode: mark for mark in self.marks}
         for episode in episodes:
             if episode.index in marked:
                 yield marked[episode.index]
             else:
-                evidence = SHARPNESS * predict(ensemble, features[episode.rows])
+                with one_thread():
+                    evidence = SHARPNESS * predict(ensemble, features[episode.rows])
                 yield self._decode(episode, evidence, model, states)
 
     def _features(self) -> np.ndarray:
@@ -149,6 +152,17 @@ def principal_components(values: np.ndarray, rows: np.ndarray, count: int) -> np
     axes = vectors[:, ::-1][:, :count]
     axes = axes * np.sign(axes[np.abs(axes).argmax(0), np.arange(axes.shape[1])])  # the sign is arbitrary: fix it
     return (values - mean) @ axes
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Sums in one order: the same annotations on any number of cores. The net is too small to gain from more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class TemporalNet(nn.Module):
