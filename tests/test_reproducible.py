@@ -68,7 +68,8 @@ def test_permuting_the_simulator_s_truth_changes_no_artifact(tiny, tiny_encoder,
             pq.write_table(table.append_column("sim.kind", kinds), path)
         if permute:
             permute_truth(source)
-        folder = make_project(tmp_path / str(permute), source, tiny_encoder, {"base.group_key": "sim.kind"})
+        seen = {"base.group_key": "sim.kind", "verify.truth_key": "sim.progress"}
+        folder = make_project(tmp_path / str(permute), source, tiny_encoder, seen)
         found.append(digests(run_chapters(folder), "metrics", "figures", "dataset/meta"))
     truths = [
         pq.read_table(next((tmp_path / p).glob("data/tiny/data/**/*.parquet")))["sim.progress"]

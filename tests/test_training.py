@@ -55,7 +55,7 @@ def test_the_loss_sees_valid_positions_only(parts):
     loss = SarmLoss(model.sarm.eval())
     wrong = torch.where(batch.windows.valid, batch.tau["sparse"], 123.0)
     assert not torch.equal(wrong, batch.tau["sparse"])
-    assert torch.equal(loss(batch)["loss"], loss(batch._replace(tau={"sparse": wrong}))["loss"])
+    assert torch.equal(loss(batch)["loss"], loss(batch._replace(tau={**batch.tau, "sparse": wrong}))["loss"])
 
 
 class Stopped(Exception):
