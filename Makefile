@@ -1,12 +1,13 @@
 # make repro   run the whole pipeline          make test    run all tests
 # make lab     open the notebooks              make smoke   ten episodes of your dataset through every notebook
 # make lint    check style                     make lock    renew requirements.lock
+# make scorecard   train and measure the ablations of SARM (about half an hour)
 # make demo    record the demo dataset again (needs OpenGL)
 # Each builds what it needs. PYTHON=/path/to/python3.12 chooses the interpreter.
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: env data repro test lab smoke lint lock demo clean
+.PHONY: env data repro test lab smoke lint lock demo scorecard clean
 
 VENV := .venv
 BIN := $(abspath $(VENV))/bin
@@ -29,6 +30,9 @@ lab: data
 
 smoke: data
 	python -m sarm_lib.pipeline smoke
+
+scorecard: data
+	python -m benchmarks.scorecard
 
 lint: env
 	ruff check .

@@ -1,6 +1,7 @@
-"""The sheets on which the demo's marked episodes were looked at: every frame of both cameras with its number.
+"""The sheets on which the demo's marked and corrected episodes were looked at: every frame of both cameras with its number.
 
-    python -m demo.contact_sheets          writes demo/contact_sheets/*.jpg of the episodes in demo/marks.yaml
+    python -m demo.contact_sheets          writes demo/contact_sheets/*.jpg of the episodes in demo/marks.yaml and
+                                           demo/corrections.yaml
 
 The dataset is opened without its `sim.*` columns: whoever marks cannot see the simulator's truth.
 """
@@ -17,7 +18,7 @@ DATA = FOLDER.parent / "data/demo/assembly"
 
 
 def open_blind(root: Path) -> Dataset:
-    """The dataset without truth: asking for a `sim.*` column is an error."""
+    """The dataset without truth: asking for a `sim.*` column is an error, as for any that it does not have."""
     dataset = open_dataset(root)
     features = {key: value for key, value in dataset.features.items() if not key.startswith(TRUTH)}
     table = dataset.table[[name for name in dataset.table if not name.startswith(TRUTH)]]
@@ -33,11 +34,17 @@ def open_blind(root: Path) -> Dataset:
     return blind
 
 
-def write_sheets(root: Path, marks: Path, target: Path) -> None:
-    """One sheet a marked episode; a tile shows the first camera over the others."""
+def looked_at(dataset: Dataset) -> list[int]:
+    """The episodes that somebody marked or corrected."""
+    marked = corrections.episodes_in(FOLDER / "marks.yaml", "marks", dataset)
+    return sorted({*marked, *corrections.episodes_in(FOLDER / "corrections.yaml", "corrections", dataset)})
+
+
+def write_sheets(root: Path, target: Path) -> None:
+    """One sheet an episode; a tile shows the first camera over the others."""
     dataset = open_blind(root)
     target.mkdir(exist_ok=True)
-    for number in corrections.marked_episodes(marks, dataset):
+    for number in looked_at(dataset):
         (episode,) = [e for e in dataset.episodes if e.index == number]
         cameras = [
             np.stack([image for _, image in dataset.iterate_frames(key, (episode,))]) for key in dataset.camera_keys
@@ -47,4 +54,4 @@ def write_sheets(root: Path, marks: Path, target: Path) -> None:
 
 
 if __name__ == "__main__":
-    write_sheets(DATA, FOLDER / "marks.yaml", FOLDER / "contact_sheets")
+    write_sheets(DATA, FOLDER / "contact_sheets")

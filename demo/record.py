@@ -8,7 +8,6 @@ The mixture below was fixed before any policy was trained on it. `demo/episodes.
 import argparse
 import csv
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from tqdm.auto import tqdm
 from demo.demonstrations import KINDS, Demonstration, demonstrate, label_quality
 from demo.simulator import FPS, IMAGE_SIZE, TASK, AssemblySimulator, RenderingError
 from demo.truth import Truth, fit_truth
+from sarm_lib.artifacts import staged
 
 # Episodes of each kind in each split, in the order of KINDS.
 MIXTURE = {
@@ -67,31 +67,31 @@ def record(root: Path) -> None:
         [demonstrate(sim, kind, seed).scenes for split, kind, seed in plan if (split, kind) == ("train", "clean")]
     )
     truth.save(Path(__file__).with_name("truth.json"))
-    shutil.rmtree(root, ignore_errors=True)
-    dataset = LeRobotDataset.create(
-        "demo/assembly", FPS, FEATURES, root=root, robot_type="sawyer", rgb_encoder=CODEC, image_writer_threads=4
-    )
     rows = []
-    for index, (split, kind, seed) in enumerate(tqdm(plan, desc="recording")):
-        images: list[dict[str, np.ndarray]] = []
-        demonstration = demonstrate(sim, kind, seed, on_frame=lambda kept=images: kept.append(sim.render()))
-        add_episode(dataset, demonstration, images, truth)
-        rows.append(
-            {
-                "episode": index,
-                "split": split,
-                "kind": kind,
-                "seed": seed,
-                "frames": len(images),
-                "imperfect_frames": sum(demonstration.injected),
-                "success": demonstration.success,
-            }
+    with staged(root) as partial:
+        dataset = LeRobotDataset.create(
+            "demo/assembly", FPS, FEATURES, root=partial, robot_type="sawyer", rgb_encoder=CODEC, image_writer_threads=4
         )
-    dataset.finalize()
-    write_splits(root)
-    add_episode_columns(root, rows)
-    for video in root.glob("videos/**/*.mp4"):
-        video.chmod(0o644)  # LeRobot writes 0600
+        for index, (split, kind, seed) in enumerate(tqdm(plan, desc="recording")):
+            images: list[dict[str, np.ndarray]] = []
+            demonstration = demonstrate(sim, kind, seed, on_frame=lambda kept=images: kept.append(sim.render()))
+            add_episode(dataset, demonstration, images, truth)
+            rows.append(
+                {
+                    "episode": index,
+                    "split": split,
+                    "kind": kind,
+                    "seed": seed,
+                    "frames": len(images),
+                    "imperfect_frames": sum(demonstration.injected),
+                    "success": demonstration.success,
+                }
+            )
+        dataset.finalize()
+        write_splits(partial)
+        add_episode_columns(partial, rows)
+        for video in partial.glob("videos/**/*.mp4"):
+            video.chmod(0o644)  # LeRobot writes 0600
     with Path(__file__).with_name("episodes.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()

@@ -7,7 +7,7 @@ that leads back to an earlier subtask.
 """
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,9 @@ from sarm_lib.dataset import Dataset, DatasetError
 
 TOLERANCE = 0.5  # seconds
 FLICKER = 0.15  # seconds; a truth that is read off thresholds flickers: shorter runs belong to the run before them
+FLICKERS = (0.1, 0.125, FLICKER)  # what counts as a retry hangs on it, so figures of retries are given for all of these
+
+SCORED = {"val": ("val",), "test": ("test",), "val and test": ("val", "test")}  # splits that a truth is compared with
 
 BY_HAND = ("manual", "corrected")  # annotators that are people
 
@@ -96,7 +99,10 @@ def compare(
 def compare_all(
     references: Mapping[int, Segments], annotations: Iterable[Annotation], head: str, names: list[str], fps: float
 ) -> list[Comparison]:
-    """Compare every annotation that has a reference (episode: segments), in the order of the episodes."""
+    """Compare every annotation that has a reference (episode: segments), in the order of the episodes.
+
+    References of episodes that have no annotation are not among them: `summary` counts these.
+    """
     return [
         compare(references[a.episode], a.head(head), names, a.length, fps, a.episode)
         for a in annotations
@@ -104,10 +110,14 @@ def compare_all(
     ]
 
 
-def summary(comparisons: list[Comparison], fps: float) -> dict[str, float | int | None]:
-    """One row of figures over several episodes: frames pooled, boundaries pooled, retries pooled."""
+def summary(comparisons: list[Comparison], fps: float, asked: int | None = None) -> dict[str, float | int | None]:
+    """One row of figures over several episodes: frames pooled, boundaries pooled, retries pooled.
+
+    asked: how many episodes have a reference; those that are not compared (rejected, never annotated) are `missing`.
+    """
+    missing = {} if asked is None else {"missing": asked - len(comparisons)}
     if not comparisons:
-        return {"episodes": 0}
+        return {"episodes": 0} | missing
     errors = np.concatenate([c.errors for c in comparisons])
     confusion = sum(c.confusion for c in comparisons)
     found = sum(c.retries_matched for c in comparisons)
@@ -116,6 +126,7 @@ def summary(comparisons: list[Comparison], fps: float) -> dict[str, float | int 
     median = float(np.median(errors)) if len(errors) else 0.0
     return {
         "episodes": len(comparisons),
+        **missing,
         "frame_agreement": round(float(np.trace(confusion) / confusion.sum()), 4),
         "segment_iou": round(float(np.mean([c.iou for c in comparisons])), 4),
         "boundary_error_frames": round(median, 2),
@@ -136,34 +147,69 @@ def by_group(comparisons: list[Comparison], group_of: Mapping[int, str], fps: fl
     return pd.DataFrame(rows | {"all": summary(comparisons, fps)}).T
 
 
-def truth(dataset: Dataset, key: str, names: list[str]) -> dict[int, Segments]:
-    """Segments of every episode from a simulator's column `key`, an index into `names` a frame. For scoring only.
+def truth(stage: np.ndarray, dataset: Dataset, names: list[str], flicker: float = FLICKER) -> dict[int, Segments]:
+    """Segments of every episode from a simulator's stages (N,), indices into `names`. For scoring only.
 
-    Raises DatasetError where the dataset has no such column, or it holds other indices.
+    Raises DatasetError for another index.
     """
-    if key not in dataset.features:
-        raise DatasetError(f"verify.truth_key: the dataset has no column {key!r}; null where there is no truth")
-    values = dataset.vectors(key)[:, 0].astype(np.int64)
+    values = stage.astype(np.int64)
     if values.min() < 0 or values.max() >= len(names):
         raise DatasetError(
-            f"verify.truth_key: {key} goes from {values.min()} to {values.max()}, names are {len(names)}"
+            f"the simulator's stages go from {values.min()} to {values.max()}, the vocabulary has {len(names)} names: "
+            "set base.truth_prefix to null, or name the simulator's stages"
         )
-    shortest = max(1, round(FLICKER * dataset.fps))
+    shortest = max(1, round(flicker * dataset.fps))
     return {e.index: segments_of(values[e.rows], names, shortest) for e in dataset.episodes}
 
 
+def by_flicker(
+    stage: np.ndarray, dataset: Dataset, annotations: Iterable[Annotation], names: list[str]
+) -> dict[str, dict[str, dict[str, float | int | None]]]:
+    """Retries found against a simulator's stages (N,) of val and test, for every one of `FLICKERS`: by it, then by split."""
+    figures, given = ("retries", "retry_recall", "retry_precision"), list(annotations)
+    found: dict[str, dict] = {}
+    for flicker in FLICKERS:
+        segments = truth(stage, dataset, names, flicker)
+        for name, splits in SCORED.items():
+            reference = {e.index: segments[e.index] for e in dataset.episodes if e.split in splits}
+            row = summary(compare_all(reference, given, "dense", names, dataset.fps), dataset.fps)
+            found.setdefault(f"{flicker:g} s", {})[name] = {figure: row.get(figure) for figure in figures}
+    return found
+
+
+def trust(
+    second: Iterable[Annotation], marks: Iterable[Annotation], vocabulary: dict[str, list[str]], fps: float
+) -> dict[str, float]:
+    """How much a second opinion's word counts in `suspicion`, by head: max(0, 2a - 1) where it gives the share a of the
+    frames of marked episodes the label that a person gave them; a half where nothing is marked.
+
+    marks: of episodes that no annotator has learned from.
+    """
+    found, given = {}, list(second)
+    for head, names in vocabulary.items():
+        references = {mark.episode: mark.head(head) for mark in marks if mark.head(head)}
+        agreed = summary(compare_all(references, given, head, names, fps), fps).get("frame_agreement")
+        found[head] = 0.5 if agreed is None else round(max(0.0, 2 * agreed - 1), 4)
+    return found
+
+
 def suspicion(
-    annotations: list[Annotation], doubts: list[Finding], second: list[Annotation], vocabulary: dict[str, list[str]]
+    annotations: list[Annotation],
+    doubts: list[Finding],
+    second: list[Annotation],
+    vocabulary: dict[str, list[str]],
+    trusted: Mapping[str, float],
+    accepted: Collection[int] = (),
 ) -> pd.DataFrame:
     """Episodes by how much they need a look, worst first: `score` and `why`, indexed by episode.
 
     The score adds what speaks against an annotation, each in [0, 1]: doubt about its least certain boundary, share of
-    frames that a second opinion labels otherwise, and half for each finding of `annotations.doubts`. What a person
-    marked or corrected scores 0.
+    frames that a second opinion labels otherwise times how far that is `trusted` (a head: `trust`), and half for each
+    finding of `annotations.doubts`. What a person marked, corrected or `accepted` scores 0.
     """
     opinions, rows = {a.episode: a for a in second}, []
     for annotation in annotations:
-        if annotation.annotator in BY_HAND:
+        if annotation.annotator in BY_HAND or annotation.episode in accepted:
             rows.append((annotation.episode, 0.0, ""))
             continue
         why: list[tuple[float, str]] = []
@@ -181,8 +227,9 @@ def suspicion(
             if other and other.head(head) and annotation.head(head):
                 labels = [frame_labels(a.head(head), names, annotation.length) for a in (annotation, other)]
                 share = float((labels[0] != labels[1]).mean())
-                if share > 0.05:
-                    why.append((share, f"{head}: {other.annotator} sees {share:.0%} of the frames otherwise"))
+                if share > 0.05 and trusted[head]:
+                    text = f"{head}: {other.annotator} sees {share:.0%} of the frames otherwise"
+                    why.append((trusted[head] * share, text))
         why += [
             (0.5, f"{d.head} {d.subtask!r}, {d.rule}: {d.message}") for d in doubts if d.episode == annotation.episode
         ]

@@ -18,6 +18,7 @@ import numpy as np
 from sarm_lib.artifacts import staged, write_json
 from sarm_lib.dataset import Dataset, Episode
 
+HEADS = ("sparse", "dense")
 SINGLE_STAGE = "task"  # the guide's name of the one stage of `single_stage`, and of the sparse head in `dense_only`
 MIN_COVERAGE = 0.8  # of an episode's frames; a gap keeps the progress of the segment before it
 STRICT = {"strict": True, "extra": "forbid", "allow_inf_nan": False}  # how a file is read: no guesses
@@ -111,6 +112,12 @@ def video_key(params, dataset: Dataset) -> str:
 def violations(annotation: Annotation, vocabulary: dict[str, list[str]]) -> list[Finding]:
     """Every rule that an annotation breaks: what has one must not be stored."""
     found = []
+    if annotation.episode < 0:
+        found.append(Finding(annotation.episode, "both heads", "", "bounds", "episodes are numbered from 0"))
+    for head in HEADS:
+        if head not in vocabulary and annotation.head(head) is not None:
+            text = f"has segments, and the annotation mode only {' and '.join(vocabulary)}"
+            found.append(Finding(annotation.episode, head, "", "vocabulary", text))
     for head, names in vocabulary.items():
 
         def broken(rule: str, message: str, subtask: str = "", head: str = head) -> None:
@@ -145,7 +152,10 @@ def violations(annotation: Annotation, vocabulary: dict[str, list[str]]) -> list
             )
     confidence = annotation.confidence or {}
     for head, values in confidence.items():
-        if len(values) != len(annotation.head(head) or ()) or not all(0 <= value <= 1 for value in values):
+        if head not in vocabulary:
+            text = f"is of no head; the annotation mode has {' and '.join(vocabulary)}"
+            found.append(Finding(annotation.episode, head, "", "confidence", text))
+        elif len(values) != len(annotation.head(head) or ()) or not all(0 <= value <= 1 for value in values):
             found.append(Finding(annotation.episode, head, "", "confidence", "needs one value in [0, 1] a segment"))
     return found
 
@@ -240,6 +250,11 @@ def load(folder: Path, names: dict[str, list[str]], dataset: Dataset | None = No
     lengths = {e.index: e.length for e in dataset.episodes} if dataset else None
     annotations = []
     for path in sorted(folder.glob("[0-9]*.json")):
+        if not path.stem.isdecimal() or path.name != file_name(int(path.stem)):
+            raise AnnotationError(
+                f"{path.name}: files in {folder.name} are named after their episode, such as {file_name(3)}: rename "
+                "this one, or take it away"
+            )
         if lengths is not None and int(path.stem) not in lengths:
             continue
         try:

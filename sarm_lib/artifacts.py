@@ -67,6 +67,15 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def folder_identity(folder: Path) -> list[list[str | int]] | None:
+    """Names, sizes and modification times of a folder's files, or None for what is no folder (a Hub id): tells that a
+    model was replaced, without reading gigabytes."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [
+        [path.relative_to(folder).as_posix(), path.stat().st_size, path.stat().st_mtime_ns] for path in files
+    ] or None
+
+
 @contextmanager
 def staged(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` when the block ends well, remove it when not."""
@@ -91,6 +100,16 @@ def write_json(path: Path, values: Any) -> None:
 
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text())
+
+
+def write_json_lines(path: Path, lines: list[dict[str, Any]]) -> None:
+    """Write one JSON object a line, in one move."""
+    with staged(path) as partial:
+        partial.write_text("".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def is_current(folder: Path, made_from: dict[str, Any]) -> bool:

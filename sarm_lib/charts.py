@@ -16,6 +16,7 @@ STAGE_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00
 PREDICTED, TARGET, ACCENT = "#0072B2", "#7F7F7F", "#D55E00"
 LIGHT = {"#E69F00", "#56B4E9", "#F0E442", "#CC79A7"}  # black letters on these
 WIDTH, HEIGHT = 640, 220
+MOST_POINTS = 1200  # of a curve: twice its width in pixels
 Segments = list[tuple[str, int, int]]
 
 
@@ -50,14 +51,27 @@ def stage_scale(names: list[str]) -> alt.Scale:
     return alt.Scale(domain=names, range=[STAGE_COLOURS[i % len(STAGE_COLOURS)] for i in range(len(names))])
 
 
+def thinned(length: int, most: int = MOST_POINTS) -> np.ndarray:
+    """Which of `length` frames a curve draws: all, or `most` evenly spaced ones. Altair takes 5,000 rows a chart."""
+    return np.unique(np.linspace(0, length - 1, min(length, most)).round().astype(int))
+
+
 def episode_lengths(table: pd.DataFrame) -> alt.Chart:
-    """Histogram of `seconds` by `split`."""
+    """Histogram of `seconds` by `split`. Binned before it is drawn: any number of episodes."""
+    edges = np.linspace(0, table.seconds.max(), 31)
+    rows = [
+        {"low": low, "high": high, "episodes": count, "split": split}
+        for split, mine in table.groupby("split")
+        for low, high, count in zip(edges, edges[1:], np.histogram(mine.seconds, edges)[0], strict=False)
+        if count
+    ]
     return (
-        alt.Chart(table, title="Episode lengths")
+        alt.Chart(pd.DataFrame(rows), title="Episode lengths")
         .mark_bar()
         .encode(
-            x=alt.X("seconds:Q", bin=alt.Bin(maxbins=30), title="length (s)"),
-            y=alt.Y("count():Q", title="episodes"),
+            x=alt.X("low:Q", bin="binned", title="length (s)"),
+            x2="high:Q",
+            y=alt.Y("episodes:Q", stack="zero", title="episodes"),
             color=alt.Color("split:N", scale=stage_scale(["train", "val", "test"])),
         )
         .properties(width=WIDTH, height=HEIGHT)
@@ -81,9 +95,11 @@ def learning_curve(curve: pd.DataFrame, columns: list[str], title: str) -> alt.C
 
 def progress(predicted: np.ndarray, target: np.ndarray | None, fps: int, title: str) -> alt.Chart:
     """Predicted progress (T,) of an episode over the target's."""
-    time = np.arange(len(predicted)) / fps
+    shown = thinned(len(predicted))
     curves = {"predicted": predicted} | ({} if target is None else {"target": target})
-    table = pd.concat([pd.DataFrame({"time": time, "progress": v, "curve": name}) for name, v in curves.items()])
+    table = pd.concat(
+        [pd.DataFrame({"time": shown / fps, "progress": v[shown], "curve": name}) for name, v in curves.items()]
+    )
     return (
         alt.Chart(table, title=title)
         .mark_line()
@@ -124,7 +140,8 @@ def episode(
 
 def stage_probabilities(probabilities: np.ndarray, names: list[str], fps: int) -> alt.Chart:
     """Stacked stage probabilities (T, K) over time."""
-    table = pd.DataFrame(probabilities, columns=names).assign(time=np.arange(len(probabilities)) / fps)
+    shown = thinned(len(probabilities), MOST_POINTS // len(names))
+    table = pd.DataFrame(probabilities[shown], columns=names).assign(time=shown / fps)
     table = table.melt("time", var_name="stage", value_name="probability")
     table["order"] = table.stage.map({name: k for k, name in enumerate(names)})
     return (
@@ -179,7 +196,8 @@ def delta_histogram(delta: np.ndarray, weight: np.ndarray, kappa: float) -> alt.
 
 def weights_over_time(progress_of: np.ndarray, weight: np.ndarray, fps: int, title: str) -> alt.LayerChart:
     """Progress of an episode with every frame coloured by its weight."""
-    table = pd.DataFrame({"time": np.arange(len(weight)) / fps, "progress": progress_of, "weight": weight})
+    shown = thinned(len(weight))
+    table = pd.DataFrame({"time": shown / fps, "progress": progress_of[shown], "weight": weight[shown]})
     base = alt.Chart(table, title=title).encode(x=alt.X("time:Q", title="time (s)", scale=alt.Scale(nice=False)))
     y = alt.Y("progress:Q", title="progress φ", scale=alt.Scale(domain=[0, 1]))
     line = base.mark_line(color="#BBBBBB").encode(y=y)
@@ -188,15 +206,18 @@ def weights_over_time(progress_of: np.ndarray, weight: np.ndarray, fps: int, tit
     return (line + dots).properties(width=WIDTH, height=HEIGHT)
 
 
-def scorecard(kinds: dict[str, dict[str, float]], metric: str, title: str) -> alt.LayerChart:
-    """One metric by kind, with its interval."""
+def scorecard(figures: dict[str, dict[str, float]], metric: str, title: str) -> alt.LayerChart:
+    """One metric by kind or by row, with its interval; whatever does not have it is left out."""
     table = pd.DataFrame(
         [
-            {"kind": k, "value": v[metric], "low": v[f"{metric}_low"], "high": v[f"{metric}_high"]}
-            for k, v in kinds.items()
+            {"name": k, "value": v[metric], "low": v[f"{metric}_low"], "high": v[f"{metric}_high"]}
+            for k, v in figures.items()
+            if metric in v
         ]
     )
-    base = alt.Chart(table, title=title).encode(y=alt.Y("kind:N", title=None, sort=list(kinds)))
+    base = alt.Chart(table, title=title).encode(
+        y=alt.Y("name:N", title=None, sort=list(figures), axis=alt.Axis(labelLimit=200))
+    )
     domain = alt.Scale(zero=False, nice=True)
     bars = base.mark_rule(strokeWidth=2, color=TARGET).encode(x=alt.X("low:Q", title=metric, scale=domain), x2="high:Q")
     return (
@@ -258,16 +279,23 @@ def annotated_episode(
     def x_of(frame: float) -> float:
         return left + frame / length * n * tile
 
+    def cut(x: float, y0: float, y1: float) -> None:
+        """A boundary: black between white, for white alone is the gap between two pictures."""
+        draw.line((x, y0, x, y1), fill="white", width=6)
+        draw.line((x, y0, x, y1), fill="black", width=2)
+
     y = top + height + 8
     for head, rows in segments.items():
         draw.text((4, y + 6), head, fill="black", font=font)
+        draw.rectangle((left, y, width - 1, y + bar), fill="#DDDDDD")  # seen where no segment is
         for subtask, start, end in rows:
             colour = STAGE_COLOURS[names[head].index(subtask) % len(STAGE_COLOURS)]
             x0, x1 = x_of(start), x_of(end + 1)
             draw.rectangle((x0, y, x1 - 1, y + bar), fill=colour)
-            draw.line((x0, y, x0, y + bar), fill="white", width=2)
-            if head == list(segments)[-1]:  # its boundaries also cut the pictures
-                draw.line((x0, top, x0, top + height), fill="white", width=2)
+            if start:
+                cut(x0, y, y + bar)
+            if start and head == list(segments)[-1]:  # its boundaries also cut the pictures
+                cut(x0, top, top + height)
             text = _fitting(subtask, draw, font, x1 - x0 - 8)
             draw.text((x0 + 5, y + 6), text, fill="black" if colour in LIGHT else "white", font=font)
         y += bar + 6
@@ -298,13 +326,13 @@ def contact_sheet(images: np.ndarray, columns: int = 15, width: int = 1500) -> I
     return page
 
 
-def confusion(table: pd.DataFrame, title: str) -> alt.LayerChart:
+def confusion(table: pd.DataFrame, title: str, rows: str = "reference", columns: str = "annotation") -> alt.LayerChart:
     """Shares of a reference's frames (rows) by what the other says (columns)."""
-    cells = table.rename_axis("reference").reset_index().melt("reference", var_name="annotation", value_name="share")
+    cells = table.rename_axis(rows).reset_index().melt(rows, var_name=columns, value_name="share")
     order = list(table.index)
     base = alt.Chart(cells, title=title).encode(
-        x=alt.X("annotation:N", sort=order, title="annotation", axis=alt.Axis(labelAngle=-20, labelLimit=220)),
-        y=alt.Y("reference:N", sort=order, title="reference", axis=alt.Axis(labelLimit=220)),
+        x=alt.X(f"{columns}:N", sort=order, axis=alt.Axis(labelAngle=-20, labelLimit=220)),
+        y=alt.Y(f"{rows}:N", sort=order, axis=alt.Axis(labelLimit=220)),
     )
     scale = alt.Scale(domain=[0, 1], range=["#FFFFFF", PREDICTED])
     fill = base.mark_rect(stroke="#EEEEEE").encode(color=alt.Color("share:Q", scale=scale, legend=None))
@@ -328,3 +356,27 @@ def _fitting(text: str, draw: ImageDraw.ImageDraw, font, width: float) -> str:
     while text and draw.textlength(text + "…", font=font) > width:
         text = text[:-1]
     return text + "…" if len(text) > 3 else ""
+
+
+def boundary_errors(errors: dict[str, list[float]], limit: int, title: str) -> alt.FacetChart:
+    """How far boundaries lie from those of each reference, in frames; what is `limit` away or farther was missed."""
+    rows = []
+    for name, values in errors.items():
+        counts = np.bincount(np.minimum(np.round(values), limit).astype(int), minlength=limit + 1)
+        for i, n in enumerate(counts.tolist()):
+            found = "missed" if i == limit else "found"
+            row = {"reference": name, "low": i - 0.5, "high": i + 0.5, "share": n / len(values), "is": found}
+            rows += [row] if n else []
+    bars = (
+        alt.Chart(pd.DataFrame(rows))
+        .mark_bar()
+        .encode(
+            x=alt.X("low:Q", bin="binned", title="frames off", scale=alt.Scale(domain=[-0.5, limit + 0.5], nice=False)),
+            x2="high:Q",
+            y=alt.Y("share:Q", title="share", scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(tickCount=3)),
+            color=alt.Color("is:N", scale=alt.Scale(domain=["found", "missed"], range=[PREDICTED, ACCENT]), title=None),
+        )
+        .properties(width=WIDTH, height=HEIGHT // 4)
+    )
+    header = alt.Header(title=None, labelAnchor="start", labelOrient="top")
+    return bars.facet(row=alt.Row("reference:N", sort=list(errors), header=header), title=title)

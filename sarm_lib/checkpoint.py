@@ -6,19 +6,24 @@ and the configuration of `SARMRewardModel`; any other carries the type `sarm_lib
 """
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from sarm_lib.artifacts import PROVENANCE, file_digest, read_json, staged, write_json
+from sarm_lib.artifacts import PROVENANCE, digest, file_digest, read_json, staged, write_json, write_json_lines
 from sarm_lib.model import HEADS, Sarm, SarmSpec
 from sarm_lib.windows import WindowSpec
 
 WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
 OURS = "sarm_lib.json"
+LOG = "log.jsonl"
+LAST = "last"
 LEROBOT_WIDTH = 512
+CLIP = "openai/clip-vit-base-patch32"  # LeRobot's only encoder
 
 
 @dataclass(frozen=True)
@@ -30,9 +35,10 @@ class RewardModel:
     state_key: str
     state_mean: np.ndarray  # (S,)
     state_std: np.ndarray  # (S,)
-    encoder: str | None  # None in a LeRobot checkpoint, which always means openai/clip-vit-base-patch32
-    encoder_identity: str | None
-    fingerprint: str | None  # of the dataset it was trained on
+    encoder: str
+    encoder_identity: str | None  # LeRobot's checkpoints name neither this
+    fingerprint: str | None  # nor the dataset they were trained on
+    checkpoint: str | None = None  # digest of the files that it was loaded from
 
     @property
     def spec(self) -> SarmSpec:
@@ -43,41 +49,69 @@ class RewardModel:
         return ((states - self.state_mean) / (self.state_std + 1e-8)).astype(np.float32)
 
 
-def save_reward_model(model: RewardModel, folder: Path, provenance: dict, curve: list[dict]) -> None:
-    """Write the checkpoint folder, with its learning curve, in one move."""
-    spec = model.spec
+def save_reward_model(
+    model: RewardModel, folder: Path, provenance: dict, log: list[dict], last: dict[str, Tensor] | None = None
+) -> None:
+    """Write the checkpoint folder in one move: the model, its training log and, in `last/`, the weights of the last step
+    as a checkpoint of their own."""
     with staged(folder) as partial:
-        partial.mkdir()
-        save_file({k: v.contiguous().cpu() for k, v in model.sarm.state_dict().items()}, partial / WEIGHTS)
-        if expressible(spec):
-            _lerobot_config(model).save_pretrained(partial)
-        else:
-            write_json(partial / "config.json", {"type": "sarm_lib"})
-        ours = {
-            "spec": asdict(spec),
-            "image_keys": model.image_keys,
-            "state_key": model.state_key,
-            "state_mean": [float(x) for x in model.state_mean],
-            "state_std": [float(x) for x in model.state_std],
-            "encoder": model.encoder,
-            "encoder_identity": model.encoder_identity,
-            "fingerprint": model.fingerprint,
-        }
-        write_json(partial / OURS, ours)
-        write_json(partial / "curve.json", curve)
+        _write(model, partial, model.sarm.state_dict())
+        if last is not None:
+            _write(model, partial / LAST, last)
+        write_json_lines(partial / LOG, log)
         write_json(partial / PROVENANCE, provenance)
 
 
-def load_reward_model(folder: Path, device: str = "cpu") -> RewardModel:
-    """Load one of our checkpoints. Raises FileNotFoundError or RuntimeError (keys that do not match)."""
-    if not (folder / OURS).exists():
-        raise FileNotFoundError(f"{folder} holds no {OURS}: not a reward model of stage 03_train_sarm")
+def _write(model: RewardModel, folder: Path, weights: dict[str, Tensor]) -> None:
+    folder.mkdir()
+    save_file({k: v.contiguous().cpu() for k, v in weights.items()}, folder / WEIGHTS)
+    if expressible(model.spec):
+        _lerobot_config(model).save_pretrained(folder)
+    else:
+        write_json(folder / CONFIG, {"type": "sarm_lib"})
+    ours = {
+        "spec": asdict(model.spec),
+        "image_keys": model.image_keys,
+        "state_key": model.state_key,
+        "state_mean": [float(x) for x in model.state_mean],
+        "state_std": [float(x) for x in model.state_std],
+        "encoder": model.encoder,
+        "encoder_identity": model.encoder_identity,
+        "fingerprint": model.fingerprint,
+    }
+    write_json(folder / OURS, ours)
+
+
+def load_reward_model(path: str | Path, device: str = "cpu") -> RewardModel:
+    """Load a checkpoint of ours or of LeRobot's from a folder or the Hub.
+
+    Raises FileNotFoundError for a folder without one, ValueError for what is no SARM, RuntimeError for keys that do not match.
+    """
+    folder = _locate(path)
+    if not (folder / WEIGHTS).exists() or not (folder / CONFIG).exists():
+        raise FileNotFoundError(f"{path} holds no {WEIGHTS} and {CONFIG}: not a reward model")
+    model = _described(folder) if (folder / OURS).exists() else _from_lerobot(folder)
+    model.sarm.load_state_dict(load_file(folder / WEIGHTS), strict=True)
+    model.sarm.to(device).eval()
+    return replace(model, checkpoint=checkpoint_digest(folder))
+
+
+def _locate(path: str | Path) -> Path:
+    """A local folder, or the files of a Hub repository."""
+    if Path(path).exists():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors"]))
+
+
+def _described(folder: Path) -> RewardModel:
+    """An empty model as `sarm_lib.json` describes it."""
     ours = read_json(folder / OURS)
-    spec = SarmSpec(**{**ours["spec"], "window": WindowSpec(**ours["spec"]["window"])})
-    sarm = Sarm(spec)
-    sarm.load_state_dict(load_file(folder / WEIGHTS), strict=True)
+    spec = {"inputs": SarmSpec.inputs, **ours["spec"], "window": WindowSpec(**ours["spec"]["window"])}
+    spec["inputs"] = tuple(spec["inputs"])
     return RewardModel(
-        sarm.to(device).eval(),
+        Sarm(SarmSpec(**spec)),
         tuple(ours["image_keys"]),
         ours["state_key"],
         np.array(ours["state_mean"], dtype=np.float32),
@@ -88,24 +122,53 @@ def load_reward_model(folder: Path, device: str = "cpu") -> RewardModel:
     )
 
 
+def _from_lerobot(folder: Path) -> RewardModel:
+    """An empty model as LeRobot's configuration and, for the state's statistics, its saved preprocessor describe it.
+
+    Where no preprocessor lies beside the model the states are taken as they are, as LeRobot does then.
+    """
+    config = read_json(folder / CONFIG)
+    if config.get("type") != "sarm":
+        raise ValueError(f"{folder}: a model of type {config.get('type')!r}, not a SARM")
+    heads = HEADS if config["annotation_mode"] != "single_stage" else ("sparse",)
+    spec = SarmSpec(
+        window=WindowSpec("centred", config["n_obs_steps"], config["frame_gap"], config["max_rewind_steps"]),
+        stage_names={head: config[f"{head}_subtask_names"] for head in heads},
+        proportions={head: config[f"{head}_temporal_proportions"] for head in heads},
+        annotation_mode=config["annotation_mode"],
+        **{
+            name: config[name]
+            for name in ("image_dim", "text_dim", "max_state_dim", "hidden_dim", "num_heads", "num_layers", "dropout")
+        },
+    )
+    mean, std, key = np.zeros(1, np.float32), np.ones(1, np.float32), config["state_key"]
+    for path in sorted(folder.glob("*normalizer_processor.safetensors")):
+        statistics = load_file(path)
+        if f"{key}.mean" in statistics and f"{key}.std" in statistics:
+            mean, std = (statistics[f"{key}.{name}"].numpy().astype(np.float32) for name in ("mean", "std"))
+    return RewardModel(Sarm(spec), (config["image_key"],), key, mean, std, CLIP, None, None)
+
+
 def reward_model_of(params, device: str) -> tuple[RewardModel, str]:
     """The reward model that stage 05 scores with, and its path as the progress file names it."""
-    if params.rabc.reward_model_path:
-        folder = params.paths.resolve(params.rabc.reward_model_path)
-        return load_reward_model(folder, device), params.rabc.reward_model_path
+    if named := params.rabc.reward_model_path:
+        folder = params.paths.resolve(named)
+        return load_reward_model(folder if folder.exists() else named, device), named
     folder = params.paths.read("sarm", "03_train_sarm")
     return load_reward_model(folder, device), os.path.relpath(folder, params.paths.root)
 
 
 def checkpoint_digest(folder: Path) -> str:
-    """Names a reward model by its weights and what surrounds them."""
-    return file_digest(folder / WEIGHTS)[:16]
+    """Names a reward model by its weights and what surrounds them: with another ᾱ or window the same weights say
+    something else."""
+    return digest(*(file_digest(folder / name) for name in (WEIGHTS, CONFIG, OURS) if (folder / name).exists()))
 
 
 def expressible(spec: SarmSpec) -> bool:
     """Whether LeRobot's SARM can compute what this model computes."""
     widths = {spec.image_dim, spec.text_dim}
-    return spec.window.kind == "centred" and spec.num_cameras == 1 and widths == {LEROBOT_WIDTH}
+    whole = len(spec.inputs) == 2 and spec.num_cameras == 1 and widths == {LEROBOT_WIDTH}
+    return whole and spec.window.kind == "centred"
 
 
 def _lerobot_config(model: RewardModel):

@@ -5,25 +5,39 @@ Marks are annotations made by hand, from which `propagate` and `manual` start. A
 annotation that an annotator made: *accept* it as it is, *fix* it (the segments as they should be), or *reject* the
 episode, which takes it out of training. Raw annotations are never changed; `apply` puts the verdicts on top.
 
-Both files name the dataset that they are about by its fingerprint; those of another dataset are refused. Written files
-keep the comments that people made in them.
+Both files name the dataset that they are about by its fingerprint; those of another dataset are refused. Writing one
+entry leaves every other line as it is, and the comments of people with them.
 """
 
 import datetime
 import getpass
 import io
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from sarm_lib.annotations import SINGLE_STAGE, Annotation, AnnotationError, Segment, validate, vocabulary
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
+
+from sarm_lib.annotations import (
+    HEADS,
+    SINGLE_STAGE,
+    STRICT,
+    Annotation,
+    AnnotationError,
+    Segment,
+    validate,
+    violations,
+    vocabulary,
+)
 from sarm_lib.artifacts import staged
 from sarm_lib.dataset import Dataset, fingerprint
 
-HEADS = ("sparse", "dense")
+Kind = Literal["marks", "corrections"]
 Verdict = Literal["accept", "fix", "reject"]
 Segments = tuple[Segment, ...]
+UNSETTLED = ("outdated", "unfit")  # outcomes that wait for a new look
 
 
 @dataclass(frozen=True)
@@ -61,6 +75,15 @@ class Reviewed:
     annotations: list[Annotation]
     rejected: list[int]
     outcomes: list[Outcome]
+
+    @property
+    def accepted(self) -> list[int]:
+        return [o.episode for o in self.outcomes if o.outcome == "accepted"]
+
+    @property
+    def unsettled(self) -> list[Outcome]:
+        """Corrections that say nothing any more, and wait for a new look."""
+        return [o for o in self.outcomes if o.outcome in UNSETTLED]
 
 
 def of_now(
@@ -103,6 +126,8 @@ def apply(
                 validate(fixed, vocabulary)
             except AnnotationError as error:
                 outcome, note = "unfit", str(error)
+                if any(f.rule == "vocabulary" and f.subtask for f in violations(fixed, vocabulary)):
+                    note += "\nIf a subtask was renamed in params.yaml, rename it in this correction too."
             else:
                 by_episode[episode] = fixed
                 outcome = "fixed"
@@ -111,37 +136,105 @@ def apply(
     return Reviewed([by_episode[i] for i in sorted(by_episode)], sorted(rejected), outcomes)
 
 
-# --- files ----------------------------------------------------------------------------------------------------------
+# --- what the files hold ----------------------------------------------------------------------------------------------
+
+
+def _text(value: Any) -> Any:
+    """YAML makes a date of 2026-11-22, a number of a fingerprint without letters, and nothing of an empty value."""
+    return "" if value is None else str(value) if isinstance(value, datetime.date | int | float) else value
+
+
+def _row(value: Any) -> Any:
+    if not (isinstance(value, list) and len(value) == 3 and [type(v) for v in value] == [str, int, int]):
+        raise ValueError(f"expected [subtask, first frame, last frame], found {value!r}")
+    return tuple(value)
+
+
+Text = Annotated[str, BeforeValidator(_text)]
+type Row = Annotated[tuple[str, int, int], BeforeValidator(_row)]
+type Rows = Annotated[list[Row], Field(min_length=1)]
+
+
+class Heads(BaseModel):
+    """Rows of subtask, first and last frame."""
+
+    model_config = STRICT
+
+    sparse: Rows | None = None
+    dense: Rows | None = None
+
+    @property
+    def segments(self) -> dict[str, Segments]:
+        rows = {"sparse": self.sparse, "dense": self.dense}
+        return {head: tuple(Segment(*row) for row in given) for head, given in rows.items() if given is not None}
+
+
+class MarkEntry(Heads):
+    """One episode that a person marked."""
+
+    episode: Annotated[int, Field(ge=0)]
+    who: Text = ""
+    when: Text = ""
+    why: Text = ""
+
+
+class CorrectionEntry(MarkEntry):
+    """A person's verdict on one episode. A fix, and only a fix, has segments; `was` is the annotation that was seen."""
+
+    verdict: Verdict
+    was: Heads | None = None
+
+    @model_validator(mode="after")
+    def _fixes_have_segments(self) -> "CorrectionEntry":
+        if (self.verdict == "fix") != bool(self.segments):
+            raise ValueError("a fix, and only a fix, has segments under sparse: or dense:")
+        return self
+
+
+class MarksFile(BaseModel):
+    model_config = STRICT
+
+    dataset: Text  # its fingerprint
+    marks: list[MarkEntry] | None
+
+
+class CorrectionsFile(BaseModel):
+    model_config = STRICT
+
+    dataset: Text
+    corrections: list[CorrectionEntry] | None
+
+
+FORMS = {"marks": MarksFile, "corrections": CorrectionsFile}
+
+
+def json_schema(kind: Kind) -> dict:
+    """JSON schema of a file of marks or of corrections."""
+    return FORMS[kind].model_json_schema()
+
+
+# --- reading ------------------------------------------------------------------------------------------------------------
 
 
 def read_corrections(path: Path, dataset: Dataset) -> list[Correction]:
     """The corrections of `path`, or none where there is no file. Raises AnnotationError with what cannot be read."""
-    found = []
-    for where, entry in _entries(path, "corrections", dataset):
-        verdict = entry.get("verdict")
-        if verdict not in ("accept", "fix", "reject"):
-            raise AnnotationError(f"{where}: verdict is accept, fix or reject, not {verdict!r}")
-        segments = _segments(where, entry)
-        if (verdict == "fix") != bool(segments):
-            raise AnnotationError(f"{where}: a fix, and only a fix, has segments under sparse: or dense:")
-        was = _segments(f"{where}, was", entry.get("was") or {})
-        found.append(Correction(entry["episode"], verdict, segments, was, *_signed(entry)))
-    return found
+    return [
+        Correction(e.episode, e.verdict, e.segments, e.was.segments if e.was else {}, e.who, e.when, e.why)
+        for e in _entries(path, "corrections", dataset)
+    ]
 
 
 def read_marks(path: Path, dataset: Dataset, vocabulary: dict[str, list[str]]) -> list[Annotation]:
     """The marked episodes of `path` as valid annotations, or none where there is no file. Raises AnnotationError."""
-    found = []
+    found, entries = [], _entries(path, "marks", dataset)
     lengths = {episode: int(length) for episode, length in enumerate(dataset.table.length)}
-    for where, entry in _entries(path, "marks", dataset):
-        episode = entry["episode"]
-        if episode not in lengths:
-            raise AnnotationError(f"{where}: the dataset has {len(lengths)} episodes")
-        heads = {"sparse": None, "dense": None} | _segments(where, entry)
-        heads |= _whole(vocabulary, lengths[episode])
-        who, when, why = _signed(entry)
-        signed = {"who": who, "when": when, "why": why}
-        mark = Annotation(episode, lengths[episode], "manual", **heads, provenance=signed)
+    _refuse_other_names(path, entries, vocabulary)
+    for entry in entries:
+        if entry.episode not in lengths:
+            raise AnnotationError(f"{path.name}, episode {entry.episode}: the dataset has {len(lengths)} episodes")
+        heads = {head: entry.segments.get(head) for head in HEADS} | _whole(vocabulary, lengths[entry.episode])
+        signed = {"who": entry.who, "when": entry.when, "why": entry.why}
+        mark = Annotation(entry.episode, lengths[entry.episode], "manual", **heads, provenance=signed)
         try:
             validate(mark, vocabulary)
         except AnnotationError as error:
@@ -155,9 +248,9 @@ def contents(path: Path) -> Any:
     return json.loads(json.dumps(_yaml(path), default=str)) if path.exists() else None
 
 
-def marked_episodes(path: Path, dataset: Dataset) -> list[int]:
-    """Episodes that `path` marks."""
-    return [entry["episode"] for _, entry in _entries(path, "marks", dataset)]
+def episodes_in(path: Path, kind: Kind, dataset: Dataset) -> list[int]:
+    """Episodes of which `path` says something."""
+    return [entry.episode for entry in _entries(path, kind, dataset)]
 
 
 def marks_from_params(params, dataset: Dataset) -> list[Annotation]:
@@ -167,130 +260,67 @@ def marks_from_params(params, dataset: Dataset) -> list[Annotation]:
     return read_marks(params.paths.resolve(params.annotate.marks), dataset, vocabulary(params))
 
 
-def record_correction(path: Path, dataset: Dataset, correction: Correction) -> None:
-    """Write a correction into `path`, in place of an earlier one of that episode. Raises AnnotationError where the file
-    cannot be read, and leaves it as it is."""
-    read_corrections(path, dataset)
-    entry: dict[str, Any] = {"episode": correction.episode, "verdict": correction.verdict}
-    entry |= {head: _rows(segments) for head, segments in correction.segments.items()}
-    entry["was"] = {head: _rows(segments) for head, segments in correction.was.items()}
-    _record(path, "corrections", dataset, entry | _signature(correction.who, correction.when, correction.why))
-
-
-def record_mark(path: Path, dataset: Dataset, mark: Annotation, why: str = "") -> None:
-    """Write a marked episode into `path`, in place of an earlier mark of that episode. Raises AnnotationError where the
-    file cannot be read, and leaves it as it is."""
-    for where, entry in _entries(path, "marks", dataset):
-        _segments(where, entry)
-    entry = {"episode": mark.episode} | {h: _rows(mark.head(h)) for h in HEADS if mark.head(h)}
-    _record(path, "marks", dataset, entry | _signature(_who(), _now(), why))
-
-
-def withdraw(path: Path, kind: Literal["marks", "corrections"], dataset: Dataset, episode: int) -> None:
-    """Take the entry of an episode out of the file."""
-    _write(path, kind, dataset, lambda entries: [e for e in entries if e["episode"] != episode])
-
-
-def _entries(path: Path, kind: str, dataset: Dataset) -> list[tuple[str, dict]]:
-    """(where, entry) of every entry of a file that is about this dataset; an episode stands there once."""
+def _entries(path: Path, kind: Kind, dataset: Dataset) -> list:
+    """The entries of a file that is about this dataset; an episode stands there once."""
     if not path.exists():
         return []
     content = _yaml(path)
-    if not isinstance(content, dict) or set(content) != {"dataset", kind} or not isinstance(content[kind], list | None):
-        raise AnnotationError(f"{path.name}: needs `dataset:` and a list under `{kind}:` (docs/annotations.md)")
+    try:
+        file = FORMS[kind].model_validate(content)
+    except ValidationError as error:
+        raise AnnotationError(_explain(path, kind, content, error)) from None
     name = fingerprint(dataset.root)
-    if str(content["dataset"]) != name:
+    if file.dataset != name:
         raise AnnotationError(
-            f"{path.name} is about another dataset ({content['dataset']}, this one is {name}): name another file in "
+            f"{path.name} is about another dataset ({file.dataset}, this one is {name}): name another file in "
             "params.yaml, or, if it is the same recording, put this fingerprint there"
         )
-    found, seen = [], set()
-    for number, entry in enumerate(content[kind] or [], start=1):
-        episode = entry.get("episode") if isinstance(entry, dict) else None
-        if type(episode) is not int:
-            raise AnnotationError(f"{path.name}, entry {number}: needs an episode number")
-        if episode in seen:
+    entries = getattr(file, kind) or []
+    episodes = [entry.episode for entry in entries]
+    for episode in episodes:
+        if episodes.count(episode) > 1:
             raise AnnotationError(f"{path.name}: episode {episode} stands there twice; keep one entry")
-        seen.add(episode)
-        found.append((f"{path.name}, episode {episode}", entry))
-    return found
+    return entries
 
 
-def _segments(where: str, entry: Any) -> dict[str, Segments]:
-    """Segments by head from rows `[subtask, start, end]`."""
-    found = {}
-    for head in HEADS:
-        rows = entry.get(head) if isinstance(entry, dict) else None
-        if rows is None:
-            continue
-        for row in rows if isinstance(rows, list) else [rows]:
-            if not (isinstance(row, list) and len(row) == 3 and [type(v) for v in row[1:]] == [int, int]):
-                raise AnnotationError(f"{where}, {head}: expected [subtask, first frame, last frame], found {row!r}")
-        found[head] = tuple(Segment(str(name), start, end) for name, start, end in rows)
-    return found
+def _explain(path: Path, kind: Kind, content: Any, error: ValidationError) -> str:
+    """The first thing that is wrong with a file: which episode, what, and what was expected."""
+    first = error.errors()[0]
+    if len(first["loc"]) < 2:
+        return f"{path.name}: needs `dataset:` and a list under `{kind}:` (docs/annotations.md)"
+    _, number, *keys = first["loc"]
+    entry = content[kind][number]
+    episode = entry.get("episode") if isinstance(entry, dict) else None
+    where = f"{path.name}, episode {episode}" if type(episode) is int else f"{path.name}, entry {number + 1}"
+    place = ", ".join([where, *(key for key in keys if isinstance(key, str))])
+    if first["type"] == "extra_forbidden":
+        return f"{place}: unknown key (docs/annotations.md has those that there are)"
+    if first["type"] == "value_error":
+        return f"{place}: {first['ctx']['error']}"
+    return f"{place}: {first['msg'].lower()}" + ("" if first["type"] == "missing" else f", found {first['input']!r}")
+
+
+def _refuse_other_names(path: Path, entries: list[MarkEntry], vocabulary: dict[str, list[str]]) -> None:
+    """Raise AnnotationError with what to write where, if marks use names that `params.yaml` does not (any more)."""
+    for head, names in vocabulary.items():
+        users: dict[str, list[int]] = {}
+        for entry in entries if names != [SINGLE_STAGE] else ():
+            for segment in entry.segments.get(head, ()):
+                users.setdefault(segment.subtask, []).append(entry.episode)
+        unknown, unused = [n for n in users if n not in names], [n for n in names if n not in users]
+        if unknown:
+            old, same = unknown[0], len(unknown) == len(unused)
+            new = repr(unused[0]) if same else f"one of {', '.join(map(repr, unused or names))}"
+            raise AnnotationError(
+                f"{path.name}, episode {users[old][0]}, {head}: {old!r} is none of annotate.{head}_subtasks "
+                f"({', '.join(names)}). If it was renamed there, write {new} in place of {old!r} throughout {path.name} "
+                f"({len(users[old])} times, episodes {', '.join(map(str, dict.fromkeys(users[old])))})."
+            )
 
 
 def _whole(vocabulary: dict[str, list[str]], length: int) -> dict[str, Segments]:
     """The heads of which nobody says anything: one stage from the first frame to the last."""
     return {h: (Segment(SINGLE_STAGE, 0, length - 1),) for h, names in vocabulary.items() if names == [SINGLE_STAGE]}
-
-
-def _signed(entry: dict) -> tuple[str, str, str]:
-    return tuple(str(entry.get(key) or "") for key in ("who", "when", "why"))
-
-
-def _signature(who: str, when: str, why: str) -> dict[str, str]:
-    return {key: value for key, value in (("who", who), ("when", when), ("why", why)) if value}
-
-
-def _rows(segments: Segments) -> list[list]:
-    return [[s.subtask, s.start, s.end] for s in segments]
-
-
-def _record(path: Path, kind: str, dataset: Dataset, entry: dict) -> None:
-    def put(entries: list) -> list:
-        others = [e for e in entries if e["episode"] != entry["episode"]]
-        return sorted([*others, entry], key=lambda e: e["episode"])
-
-    _write(path, kind, dataset, put)
-
-
-def _write(path: Path, kind: str, dataset: Dataset, change) -> None:
-    yaml = _round_trip()
-    content = yaml.load(path.read_text()) if path.exists() else {"dataset": fingerprint(dataset.root), kind: []}
-    entries = content[kind] if content[kind] is not None else []
-    kept = change(list(entries))
-    if hasattr(entries, "ca"):  # ruamel's list: changed in place, so that its comments stay
-        entries[:] = [_flow(e) for e in kept]
-    else:
-        content[kind] = [_flow(e) for e in kept]
-    with staged(path) as partial, partial.open("w") as file:
-        yaml.dump(content, file)
-
-
-def _flow(entry: Any) -> Any:
-    """Rows of segments on a line each."""
-    from ruamel.yaml.comments import CommentedSeq
-
-    if not isinstance(entry, dict):
-        return entry
-    for key, value in entry.items():
-        if key in HEADS:
-            for i, row in enumerate(value):
-                value[i] = CommentedSeq(row)
-                value[i].fa.set_flow_style()
-        elif isinstance(value, dict):
-            _flow(value)
-    return entry
-
-
-def _round_trip():
-    from ruamel.yaml import YAML
-
-    yaml = YAML()
-    yaml.width = 120
-    yaml.indent(mapping=2, sequence=4, offset=2)
-    return yaml
 
 
 def _yaml(path: Path) -> Any:
@@ -301,6 +331,134 @@ def _yaml(path: Path) -> Any:
         return YAML(typ="safe", pure=True).load(io.StringIO(path.read_text()))
     except (YAMLError, UnicodeDecodeError) as error:
         raise AnnotationError(f"{path.name} is not YAML: {error}") from None
+
+
+# --- writing ------------------------------------------------------------------------------------------------------------
+
+
+def record_correction(path: Path, dataset: Dataset, correction: Correction) -> None:
+    """Write a correction into `path`, in place of an earlier one of that episode. Raises AnnotationError where the file
+    cannot be read, and leaves it as it is."""
+    entry: dict[str, Any] = {"episode": correction.episode, "verdict": correction.verdict}
+    entry |= _rows(correction.segments) | {"was": _rows(correction.was)}
+    entry |= _signature(correction.who, correction.when, correction.why)
+    _put(path, "corrections", dataset, correction.episode, entry)
+
+
+def record_mark(path: Path, dataset: Dataset, mark: Annotation, why: str = "") -> None:
+    """Write a marked episode into `path`, in place of an earlier mark of that episode. Raises AnnotationError where the
+    file cannot be read, and leaves it as it is."""
+    heads = _rows({head: mark.head(head) for head in HEADS if mark.head(head)})
+    _put(path, "marks", dataset, mark.episode, {"episode": mark.episode} | heads | _signature(_who(), _now(), why))
+
+
+def withdraw(path: Path, kind: Kind, dataset: Dataset, episode: int) -> None:
+    """Take the entry of an episode out of the file."""
+    _put(path, kind, dataset, episode, None)
+
+
+def _signature(who: str, when: str, why: str) -> dict[str, str]:
+    return {key: value for key, value in (("who", who), ("when", when), ("why", why)) if value}
+
+
+def _rows(segments: dict[str, Segments]) -> dict[str, list]:
+    """Rows of segments by head, a line each."""
+    from ruamel.yaml.comments import CommentedSeq
+
+    found = {head: [CommentedSeq([s.subtask, s.start, s.end]) for s in given] for head, given in segments.items()}
+    for rows in found.values():
+        for row in rows:
+            row.fa.set_flow_style()
+    return found
+
+
+COMMENTS_BELOW = re.compile(r"(?:^[ \t]*(?:#[^\n]*)?\n)*\Z", re.MULTILINE)  # and empty lines
+
+
+@dataclass
+class _Piece:
+    """Lines of a file: the comments above an entry, and the entry."""
+
+    episode: int
+    above: str
+    lines: str
+
+
+def _put(path: Path, kind: Kind, dataset: Dataset, episode: int, entry: dict | None) -> None:
+    """Put `entry` in the place of that of `episode`, or take it out (None); all other lines stay as they are.
+
+    The text is cut at its entries: ruamel ties a comment to what stands before it, and would lose it with that.
+    """
+    before = _entries(path, kind, dataset)
+    text = path.read_text() if path.exists() else _dump({"dataset": fingerprint(dataset.root), kind: None})
+    text = text if text.endswith("\n") else f"{text}\n"
+    start, pieces, end, column = _cut(text, kind) or _cut(_in_lines(text, kind), kind)
+    assert [piece.episode for piece in pieces] == [e.episode for e in before]
+    known = next((piece for piece in pieces if piece.episode == episode), None)
+    if entry is None and known:
+        known.lines = ""
+    elif entry is not None and known:
+        known.lines = _lines(entry, column, known.lines)
+    elif entry is not None:
+        place = next((i for i, piece in enumerate(pieces) if piece.episode > episode), len(pieces))
+        pieces.insert(place, _Piece(episode, "", _lines(entry, column)))
+    with staged(path) as partial:
+        partial.write_text(start + "".join(piece.above + piece.lines for piece in pieces) + end)
+
+
+def _cut(text: str, kind: Kind) -> tuple[str, list[_Piece], str, int] | None:
+    """The text before the entries, these, the text behind them, and the column of their dashes; None where entries do
+    not begin on lines of their own."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.nodes import SequenceNode
+
+    key, listed = next(pair for pair in YAML(pure=True).compose(text).value if pair[0].value == kind)
+    items = listed.value if isinstance(listed, SequenceNode) else []
+    last = text.index("\n", key.end_mark.index) + 1  # behind what was cut off so far
+    starts = [text.rindex("\n", 0, item.start_mark.index) + 1 for item in items]
+    dashes = [re.match(r" *- ", text[start:]) for start in starts]
+    if not all(dashes) or (isinstance(listed, SequenceNode) and listed.flow_style):
+        return None
+    begin, pieces = text[:last], []
+    for item, start, stop in zip(items, starts, [*starts[1:], listed.end_mark.index]):
+        episode = next(int(value.value) for name, value in item.value if name.value == "episode")
+        end = start + COMMENTS_BELOW.search(text[start:stop]).start()
+        pieces.append(_Piece(episode, text[last:start], text[start:end]))
+        last = end
+    return begin, pieces, text[last:], len(dashes[0][0]) - 2 if dashes else 2
+
+
+def _in_lines(text: str, kind: Kind) -> str:
+    """The same content, an entry on lines of its own."""
+    content = _round_trip().load(text)
+    content[kind] = list(content[kind]) or None
+    return _dump(content)
+
+
+def _lines(entry: dict, column: int, before: str = "") -> str:
+    """An entry as text, with the comments beside those keys of the entry before it that stay."""
+    from ruamel.yaml.comments import CommentedMap
+
+    new = CommentedMap(entry)
+    if before:
+        old = _round_trip(column).load(before)[0]
+        new.ca.items.update({key: comment for key, comment in old.ca.items.items() if key in entry})
+    return _dump([new], column)
+
+
+def _dump(content: Any, column: int = 2) -> str:
+    text = io.StringIO()
+    _round_trip(column).dump(content, text)
+    return text.getvalue()
+
+
+def _round_trip(column: int = 2):
+    from ruamel.yaml import YAML
+
+    yaml = YAML()
+    yaml.width = 120
+    yaml.indent(mapping=2, sequence=column + 2, offset=column)
+    return yaml
 
 
 def _now() -> str:

@@ -6,6 +6,7 @@ the episode, the key and the remedy. Nothing here knows which dataset it is.
 
 import hashlib
 import io
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from sarm_lib.artifacts import digest
 
 SPLITS = ("train", "val", "test")
 TRUTH = "sim."  # prefix of columns with a simulator's truth: scored against, never learned or chosen from
+REMEDY = "record or download the file again, or delete the episode with lerobot-edit-dataset."
 ANNOTATION_MARK = "subtask"  # columns that an annotated copy adds, and that its frames do not depend on
 
 
@@ -145,10 +147,23 @@ class Dataset:
         return {}
 
     def vectors(self, key: str) -> np.ndarray:
-        """A column of vectors, (N, D) float32, read once. Raises DatasetError where one is not finite."""
+        """A column of vectors, (N, D) float32, read once. Raises DatasetError where it is none of `features`, or not
+        finite."""
+        if key not in self.features:
+            raise DatasetError(f"{key}: the dataset has no such column; it has {', '.join(self.features)}")
         if key not in self._read_vectors:
             self._read_vectors[key] = self._finite_vectors(key)
         return self._read_vectors[key]
+
+    def truth(self, name: str, prefix: str | None) -> np.ndarray | None:
+        """A simulator's number a frame, (N,) float32: the column `name` behind `prefix`. For scoring only.
+
+        None without a prefix or such a column. Raises DatasetError for a prefix that no column has.
+        """
+        if prefix and not any(key.startswith(prefix) for key in self.features):
+            raise DatasetError(f"base.truth_prefix: no column begins with {prefix!r}; null where there is no truth")
+        key = f"{prefix}{name}"
+        return self.vectors(key)[:, 0] if prefix and key in self.features else None
 
     def _finite_vectors(self, key: str) -> np.ndarray:
         column = self._table([key])[key].combine_chunks()
@@ -170,22 +185,20 @@ class Dataset:
             video_key=image_key, chunk_index=row[f"{prefix}/chunk_index"], file_index=row[f"{prefix}/file_index"]
         )
         first = float(row[f"{prefix}/from_timestamp"])
-        remedy = "record or download the file again, or delete the episode with lerobot-edit-dataset."
         if not path.exists():
-            raise DatasetError(f"episode {episode.index}, {image_key}: {path.name} is missing; {remedy}")
+            raise DatasetError(f"episode {episode.index}, {image_key}: {path.name} is missing; {REMEDY}")
         expected = 0
         try:
             with av.open(str(path)) as container:
                 stream = container.streams.video[0]
                 stream.thread_type = "AUTO"
-                container.seek(max(0, round(first / stream.time_base) - 1), backward=True, stream=stream)
-                for frame in container.decode(stream):
+                for frame in images_from(container, stream, first + 0.25 / self.fps):
                     position = (float(frame.pts * stream.time_base) - first) * self.fps
                     if position < -0.5:
                         continue
                     if round(position) != expected:
                         raise DatasetError(
-                            f"episode {episode.index}, {image_key}: frame {expected} is missing in {path.name}; {remedy}"
+                            f"episode {episode.index}, {image_key}: frame {expected} is missing in {path.name}; {REMEDY}"
                         )
                     yield frame.to_ndarray(format="rgb24")
                     expected += 1
@@ -193,25 +206,38 @@ class Dataset:
                         return
         except (av.FFmpegError, IndexError) as error:
             raise DatasetError(
-                f"episode {episode.index}, {image_key}: {path.name} cannot be decoded ({error}); {remedy}"
+                f"episode {episode.index}, {image_key}: {path.name} cannot be decoded ({error}); {REMEDY}"
             ) from error
         raise DatasetError(
-            f"episode {episode.index}, {image_key}: {path.name} ends after {expected} of {episode.length} frames; {remedy}"
+            f"episode {episode.index}, {image_key}: {path.name} ends after {expected} of {episode.length} frames; {REMEDY}"
         )
 
     def _read_images(self, episodes: tuple[Episode, ...], image_key: str) -> Iterator[tuple[Episode, np.ndarray]]:
         """Frames of a dataset that stores images instead of videos. A data file is read once, a few rows at a time, for
         all episodes that follow each other in it."""
         for path, members in self._runs(episodes):
-            wanted = {episode.index: episode for episode in members}
+            wanted, read = {episode.index: episode for episode in members}, dict.fromkeys(members, 0)
             with pq.ParquetFile(path) as file:
                 groups = [i for i in range(file.num_row_groups) if wanted.keys() & _episodes_of_group(file, i)]
                 for batch in file.iter_batches(32, row_groups=groups, columns=["episode_index", image_key]):
                     indices = batch["episode_index"].to_pylist()
                     for row in (row for row, index in enumerate(indices) if index in wanted):
-                        cell = batch[image_key][row].as_py()
-                        source = io.BytesIO(cell["bytes"]) if cell["bytes"] else self.root / cell["path"]
-                        yield wanted[indices[row]], np.array(Image.open(source).convert("RGB"))
+                        episode, cell = wanted[indices[row]], batch[image_key][row].as_py()
+                        try:
+                            source = io.BytesIO(cell["bytes"]) if cell["bytes"] else self.root / cell["path"]
+                            image = np.array(Image.open(source).convert("RGB"))
+                        except (OSError, TypeError) as error:
+                            raise DatasetError(
+                                f"episode {episode.index}, {image_key}: frame {read[episode]} in {path.name} cannot be "
+                                f"read ({error}); {REMEDY}"
+                            ) from error
+                        read[episode] += 1
+                        yield episode, image
+            for episode, count in read.items():
+                if count != episode.length:
+                    raise DatasetError(
+                        f"episode {episode.index}, {image_key}: {path.name} holds {count} of {episode.length} frames; {REMEDY}"
+                    )
 
     def _runs(self, episodes: tuple[Episode, ...]) -> Iterator[tuple[Path, list[Episode]]]:
         """Stretches of `episodes` that follow each other in one data file, with its path."""
@@ -231,6 +257,22 @@ class Dataset:
 
 def _episodes_of_group(file: pq.ParquetFile, group: int) -> set[int]:
     return set(file.read_row_group(group, columns=["episode_index"])["episode_index"].to_pylist())
+
+
+def images_from(
+    container: av.container.InputContainer, stream: av.VideoStream, seconds: float
+) -> Iterator[av.VideoFrame]:
+    """Images of a video from the last keyframe on that is shown at `seconds` or before."""
+    back = 0.0
+    while True:
+        start = max(0.0, seconds - back)
+        container.seek(round(start / stream.time_base), backward=True, stream=stream)
+        images = container.decode(stream)
+        first = next(images, None)
+        # Files are indexed by decoding time, in which a keyframe may come before frames that are shown before it.
+        if first is None or start == 0 or first.pts * stream.time_base <= seconds:
+            return itertools.chain([first] if first else [], images)
+        back = 2 * back + 1
 
 
 def open_dataset(
@@ -487,8 +529,15 @@ def _splits(info: dict, count: int, val: float, test: float, seed: int) -> list[
             raise DatasetError(
                 f"meta/info.json: splits are {', '.join(own)}; needed are {', '.join(SPLITS)}, or train alone"
             )
-        for split, bounds in own.items():
-            start, stop = map(int, bounds.split(":"))
+        bounds = {split: tuple(map(int, text.split(":"))) for split, text in own.items()}
+        covered = sorted(i for start, stop in bounds.values() for i in range(start, stop))
+        if covered != list(range(count)) or any(start >= stop for start, stop in bounds.values()):
+            listed = ", ".join(f"{split} {text}" for split, text in own.items())
+            raise DatasetError(
+                f"meta/info.json: the splits {listed} do not hold each of the {count} episodes once, and one at least "
+                "each: correct them, or leave train alone for splits by base.val_fraction and base.test_fraction"
+            )
+        for split, (start, stop) in bounds.items():
             names[start:stop] = [split] * (stop - start)
         return names
     order = np.random.default_rng(seed).permutation(count)

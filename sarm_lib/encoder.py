@@ -134,7 +134,8 @@ def open_embeddings(folder: Path, dataset: Dataset) -> Embeddings:
     index = read_json(folder / INDEX)
     if index["fingerprint"] != fingerprint(dataset.root):
         raise ValueError(
-            f"{folder} holds the embeddings of another dataset (or of an older state of it): run 00_prepare again"
+            f"{folder} holds the embeddings of another dataset (or of an older state of it): run 00_prepare again "
+            "(dvc repro -f 00_prepare)"
         )
     if index["episodes"] != [[episode.index, episode.length] for episode in dataset.episodes]:
         raise ValueError(f"{folder} holds other episodes than base.episodes selects: run 00_prepare again")
@@ -147,6 +148,10 @@ def open_embeddings(folder: Path, dataset: Dataset) -> Embeddings:
 def similarity_by_distance(embeddings: Embeddings, dataset: Dataset, distances: list[int]) -> dict[int, float]:
     """Mean cosine similarity of two frames of an episode that are so many frames apart, after removing the mean."""
     camera = embeddings.cameras[dataset.image_keys[0]]
+    longest = max(episode.length for episode in dataset.episodes)
+    distances = [d for d in distances if d < longest]
+    if not distances:
+        return {}
     rows = np.concatenate(
         [np.arange(e.row, e.row + e.length - max(distances)) for e in dataset.episodes if e.length > max(distances)]
     )

@@ -6,7 +6,7 @@ before it. What was decoded on the way is kept, within a limit, so that steps ba
 """
 
 import io
-import itertools
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,11 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from sarm_lib.dataset import Dataset, DatasetError, Episode
+from sarm_lib.dataset import REMEDY, Dataset, DatasetError, Episode, images_from
 
 READ_ON = 30  # frames: a jump ahead that is no longer than this is decoded through, not sought
 OPEN_FILES = 16
-REMEDY = "record or download the file again, or delete the episode with lerobot-edit-dataset."
 
 
 @dataclass
@@ -37,17 +36,7 @@ class _Video:
 
     def seek(self, seconds: float, tolerance: float) -> None:
         """Go to the last keyframe that is shown at `seconds` or before."""
-        back = 0.0
-        while True:
-            start = max(0.0, seconds + tolerance - back)
-            self.container.seek(round(start / self.stream.time_base), backward=True, stream=self.stream)
-            images = self.container.decode(self.stream)
-            first = next(images, None)
-            # Files are indexed by decoding time, in which a keyframe may come before frames that are shown before it.
-            if first is None or start == 0 or first.pts * self.stream.time_base <= seconds + tolerance:
-                self.images = itertools.chain([first] if first else [], images)
-                return
-            back = 2 * back + 1
+        self.images = images_from(self.container, self.stream, seconds + tolerance)
 
 
 class FrameReader:
@@ -59,10 +48,15 @@ class FrameReader:
         self._videos: OrderedDict[Path, _Video] = OrderedDict()
         self._kept: OrderedDict[tuple[int, str, int], av.VideoFrame] = OrderedDict()  # YUV: half the size of RGB
         self._kept_bytes = 0
+        self._lock = threading.RLock()  # Lab may handle a widget's messages in several threads; a decoder takes one
         self._encoded: dict[str, tuple[int, pa.ChunkedArray]] = {}  # of image datasets: an episode's files, a camera
 
     def read(self, episode: Episode, image_key: str, frame: int) -> np.ndarray:
         """Frame `frame` of an episode, (H, W, 3) uint8, as `iterate_frames` gives it. Raises DatasetError."""
+        with self._lock:
+            return self._read(episode, image_key, frame)
+
+    def _read(self, episode: Episode, image_key: str, frame: int) -> np.ndarray:
         if not 0 <= frame < episode.length:
             raise DatasetError(
                 f"episode {episode.index}, {image_key}: there is no frame {frame}, it has {episode.length}"
@@ -77,11 +71,12 @@ class FrameReader:
 
     def close(self) -> None:
         """Close every file and forget every frame."""
-        while self._videos:
-            self._videos.popitem()[1].container.close()
-        self._kept.clear()
-        self._encoded.clear()
-        self._kept_bytes = 0
+        with self._lock:
+            while self._videos:
+                self._videos.popitem()[1].container.close()
+            self._kept.clear()
+            self._encoded.clear()
+            self._kept_bytes = 0
 
     def _decode(self, episode: Episode, image_key: str, frame: int) -> None:
         """Decode and keep frames up to `frame`."""

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from sarm_lib.annotations import Annotation, Segment, columns
 from sarm_lib.artifacts import remove, staged
-from sarm_lib.dataset import ANNOTATION_MARK, Dataset
+from sarm_lib.dataset import ANNOTATION_MARK, Dataset, fingerprint
 from sarm_lib.stages import Labels, targets
 
 MEDIA = ("data", "videos", "images")
@@ -27,6 +27,8 @@ def write_annotated_dataset(
 
     proportions: a head: {subtask: ᾱ} in stage order.
     """
+    if target.resolve() == dataset.root.resolve():
+        raise ValueError(f"base.dataset is {target}, which is what stage 02 writes: name the dataset it was made from")
     table_columns = columns(annotations, dataset, tuple(proportions))
     with staged(target / "meta") as partial:
         shutil.copytree(dataset.root / "meta", partial)
@@ -70,8 +72,12 @@ def read_labels(folder: Path, dataset: Dataset, heads: tuple[str, ...]) -> Label
     """Targets of every frame of `dataset` from an annotated dataset's columns and proportions.
 
     Frames of an episode without annotation have stage 0 and τ 0 and are not in `annotated`.
-    Raises ValueError with the episode and the subtask where an annotation names an unknown one.
+    Raises ValueError for the annotations of another dataset, and with the episode and the subtask where one is unknown.
     """
+    if fingerprint(folder) != fingerprint(dataset.root):
+        raise ValueError(
+            f"{folder} holds the annotations of another dataset (or of an older state of it): run 02_verify again"
+        )
     files = sorted((folder / "meta").glob("episodes/**/*.parquet"))
     stage, tau, names, shares = {}, {}, {}, {}
     annotated = {episode.index for episode in dataset.episodes}

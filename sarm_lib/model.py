@@ -10,7 +10,7 @@ Parameters have LeRobot's names and shapes, so a checkpoint of one camera and 51
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,7 @@ class SarmSpec:
     num_heads: int = 12
     num_layers: int = 8
     dropout: float = 0.1
+    inputs: tuple[Literal["images", "state"], ...] = ("images", "state")  # the others are zeros: for ablations
 
     @property
     def heads(self) -> tuple[str, ...]:
@@ -49,9 +50,9 @@ class SarmSpec:
 class StreamTransformer(nn.Module):
     """Streams in, one fused feature a position out, and a linear head for each annotation head."""
 
-    def __init__(self, spec: SarmSpec, outputs: dict[str, int], extra_streams: int = 0) -> None:
+    def __init__(self, spec: SarmSpec, outputs: dict[str, int], last_streams: int = 0) -> None:
         super().__init__()
-        width, streams = spec.hidden_dim, spec.num_cameras + 2 + extra_streams
+        width, streams = spec.hidden_dim, spec.num_cameras + 2 + last_streams
         self.lang_proj = nn.Linear(spec.text_dim, width)
         self.visual_proj = nn.Linear(spec.image_dim, width)
         self.state_proj = nn.Linear(spec.max_state_dim, width)
@@ -63,28 +64,34 @@ class StreamTransformer(nn.Module):
         )
         self.heads = nn.ModuleDict({head: nn.Linear(width, size) for head, size in outputs.items()})
 
-    def forward(self, windows: Windows, head: str, extra: Tensor | None = None) -> Tensor:
-        """Head outputs (B, T, size); `extra` (B, T, ≤ D) is one more stream, zero-padded to the width."""
-        return self.heads[head](self.features(windows, extra))
+    def features(self, windows: Windows, last: Sequence[Tensor] = ()) -> list[Tensor]:
+        """What the heads read, (B, T, D).
 
-    def features(self, windows: Windows, extra: Tensor | None = None) -> Tensor:
-        """What every head reads, (B, T, D)."""
-        x = self.embed(windows, extra)
+        last: alternatives (B, T, ≤ D) for one more stream, zero-padded to the width; there is a result for each. They do
+        not see each other, so every result is that of a pass of its own, while the streams before them are computed once.
+        """
+        x = self.embed(windows, last)
         batch, streams, length, width = x.shape
+        shared, tokens = streams - len(last), streams * length
         padding = ~windows.valid[:, None].expand(batch, streams, length).reshape(batch, -1)
-        causal = torch.ones(streams * length, streams * length, dtype=torch.bool, device=x.device).triu(1)
-        h = self.transformer(x.reshape(batch, -1, width), mask=causal, src_key_padding_mask=padding, is_causal=True)
-        h = h.view(batch, streams, length, width).transpose(1, 2).reshape(batch, length, -1)
-        return self.fusion_backbone(h)
+        hidden = torch.ones(tokens, tokens, dtype=torch.bool, device=x.device).triu(1)
+        for i in range(len(last)):
+            mine = slice((shared + i) * length, (shared + i + 1) * length)
+            hidden[mine, shared * length : mine.start] = True
+        h = self.transformer(x.reshape(batch, -1, width), mask=hidden, src_key_padding_mask=padding)
+        h = h.view(batch, streams, length, width).transpose(1, 2)
+        return [self._fuse(h[:, :, :shared], h[:, :, shared + i, None]) for i in range(len(last))] or [self._fuse(h)]
 
-    def embed(self, windows: Windows, extra: Tensor | None) -> Tensor:
+    def _fuse(self, *streams: Tensor) -> Tensor:
+        return self.fusion_backbone(torch.cat(streams, dim=2).flatten(2))
+
+    def embed(self, windows: Windows, last: Sequence[Tensor]) -> Tensor:
         """Project every stream to the model's width: (B, streams, T, D)."""
         visual = self.visual_proj(windows.images)
         visual = torch.cat([visual[:, :, :1] + self.first_pos, visual[:, :, 1:]], dim=2)
         text = self.lang_proj(windows.text)[:, None, None].expand(-1, 1, visual.shape[2], -1)
         streams = [visual, text, self.state_proj(windows.state)[:, None]]
-        if extra is not None:
-            streams.append(F.pad(extra, (0, visual.shape[-1] - extra.shape[-1]))[:, None].to(visual.dtype))
+        streams += [F.pad(x, (0, visual.shape[-1] - x.shape[-1]))[:, None].to(visual.dtype) for x in last]
         return torch.cat(streams, dim=1)
 
 
@@ -105,14 +112,14 @@ class Sarm(nn.Module):
         # LeRobot always builds both heads; a missing dense one has as many outputs as the sparse one and is not used.
         classes = {head: spec.num_stages(head if head in spec.heads else "sparse") for head in HEADS}
         self.stage_model = StreamTransformer(spec, classes)
-        self.subtask_model = StreamTransformer(spec, dict.fromkeys(HEADS, 1), extra_streams=1)
+        self.subtask_model = StreamTransformer(spec, dict.fromkeys(HEADS, 1), last_streams=1)
 
     def stage_logits(self, windows: Windows, heads: Sequence[str]) -> dict[str, Tensor]:
         """Of each head (B, T, K). The heads share one pass; one stage needs none: its softmax is 1 whatever the logit, and
         its loss has no gradient."""
         batch, _, length, _ = windows.images.shape
         several = [head for head in heads if self.spec.num_stages(head) > 1]
-        features = self.stage_model.features(windows) if several else None
+        features = self.stage_model.features(windows)[0] if several else None
         return {
             head: self.stage_model.heads[head](features)
             if head in several
@@ -120,13 +127,16 @@ class Sarm(nn.Module):
             for head in heads
         }
 
-    def tau(self, windows: Windows, head: str, stage: Tensor) -> Tensor:
-        """τ (B, T) in [0, 1] given stages (B, T) int64."""
-        one_hot = F.one_hot(stage, self.spec.num_stages(head)).to(windows.images.dtype)
-        return torch.sigmoid(self.subtask_model(windows, head, one_hot)).squeeze(-1)
+    def tau(self, windows: Windows, stage: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Of each head τ (B, T) in [0, 1], given its stages (B, T) int64."""
+        one_hot = [F.one_hot(k, self.spec.num_stages(head)).to(windows.images.dtype) for head, k in stage.items()]
+        features = self.subtask_model.features(windows, one_hot)
+        heads = self.subtask_model.heads
+        return {head: torch.sigmoid(heads[head](x)).squeeze(-1) for head, x in zip(stage, features, strict=True)}
 
-    def predict(self, windows: Windows, head: str) -> Prediction:
+    def predict(self, windows: Windows, heads: Sequence[str]) -> dict[str, Prediction]:
         """k̂ = argmax of the stage head, τ̂ given k̂."""
-        probabilities = self.stage_logits(windows, [head])[head].softmax(-1)
-        stage = probabilities.argmax(-1)
-        return Prediction(probabilities, stage, self.tau(windows, head, stage))
+        probabilities = {head: logits.softmax(-1) for head, logits in self.stage_logits(windows, heads).items()}
+        stage = {head: p.argmax(-1) for head, p in probabilities.items()}
+        tau = self.tau(windows, stage)
+        return {head: Prediction(probabilities[head], stage[head], tau[head]) for head in heads}

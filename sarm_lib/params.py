@@ -54,6 +54,7 @@ class Base(Section):
     val_fraction: Fraction  # used only where `meta/info.json` names no val split
     test_fraction: Fraction
     group_key: str | None  # episode column by which the scorecard is broken down
+    truth_prefix: str | None  # of a simulator's columns: compared with, never learned from
     outputs: str
 
     @property
@@ -75,9 +76,7 @@ class Annotate(Section):
     """01: where each subtask begins and ends."""
 
     annotator: Annotator
-    second_opinion: (
-        Annotator | None
-    )  # annotates too, to be compared with; the first with another seed if it is the same
+    second_opinion: Annotator | None  # annotates too, to be compared with; with another seed where it is the same
     sparse_subtasks: list[str]
     dense_subtasks: list[str]
     marks: str  # file of the episodes that a person marked
@@ -97,13 +96,20 @@ class Annotate(Section):
     num_workers: Positive  # processes, one GPU each
     server_url: str
     requests_in_flight: Positive
+    server_grammar: bool  # vLLM takes the whole grammar, other servers a schema only
+    server_timeout: Rate  # seconds, of one request
+
+    @property
+    def seed_matters(self) -> bool:
+        """Whether another seed gives other answers."""
+        samples = self.annotator in ("vlm", "server") and self.temperature > 0
+        return self.annotator == "propagate" or samples
 
 
 class Verify(Section):
     """02: a person checks."""
 
     corrections: str  # file of a person's corrections
-    truth_key: str | None  # column with a simulator's dense stage; compared with, never learned from
     proportions_from: Literal["complete", "all"]
     num_visualizations: Annotated[int, Field(ge=0)]
     visualize_type: Literal["sparse", "dense", "both"]
@@ -119,6 +125,11 @@ class Sarm(Section):
     rewind_probability: Fraction
     language_perturbation_probability: Fraction
     gt_stage_ratio: Fraction
+    # LeRobot's behaviour, to compare with (benchmarks/scorecard.py): each of the second values is a defect.
+    augmentation_per: Literal["sample", "batch"]
+    rewind_images: Literal["of_targets", "of_lerobot"]
+    loss_positions: Literal["valid", "all"]
+    inputs: list[Literal["images", "state"]]  # what the model is shown; for ablations
     hidden_dim: Positive
     num_heads: Positive
     num_layers: Positive
@@ -130,8 +141,12 @@ class Sarm(Section):
     weight_decay: Annotated[float, Field(ge=0)]
     warmup_steps: Annotated[int, Field(ge=0)]
     gradient_clip: Rate
+    precision: Literal["auto", "fp32", "bf16"]  # "auto" is bf16 on a GPU that has it
+    log_every: Positive
     eval_every: Positive
     save_every: Positive
+    log_with: Literal["wandb", "trackio"] | None  # beside the JSON lines in the checkpoint
+    log_project: str
 
 
 class Visualize(Section):
@@ -140,6 +155,8 @@ class Visualize(Section):
     num_visualizations: Annotated[int, Field(ge=0)]
     head_mode: Literal["sparse", "dense", "both"]
     stride: Positive
+    other_tasks: list[str]  # instructions of real other tasks: they should lower progress
+    paraphrases: list[str]  # the task in other words: they should not move it
 
 
 class Rabc(Section):
@@ -251,14 +268,34 @@ def load(params_file: str | Path = "params.yaml", overrides: dict[str, Any] | No
         raise ParamsError("sarm.n_obs_steps: a centred window needs an even number (half before, half after)")
     if params.sarm.save_every % params.sarm.eval_every:
         raise ParamsError("sarm.save_every: must be a multiple of sarm.eval_every (a run resumes from a validation)")
+    if params.sarm.eval_every % params.sarm.log_every:
+        raise ParamsError("sarm.eval_every: must be a multiple of sarm.log_every (a validation is a line of the log)")
+    if params.sarm.rewind_images == "of_lerobot" and params.sarm.window == "past":
+        raise ParamsError("sarm.rewind_images: LeRobot has centred windows only; set sarm.window to centred")
+    if params.policy.save_every % params.policy.log_every:
+        raise ParamsError(
+            "policy.save_every: must be a multiple of policy.log_every (a run resumes from a logged step)"
+        )
     if params.policy.n_action_steps > params.policy.chunk_size:
         raise ParamsError("policy.n_action_steps: must not exceed policy.chunk_size")
     if params.base.annotation_mode == "single_stage" and "dense" in (params.rabc.head_mode, params.visualize.head_mode):
         raise ParamsError("head_mode: annotation_mode single_stage has no dense head; use sparse")
+    _check_annotate(params.annotate, params.base.annotation_mode)
     params._root = path.parent
     changed = {key: value for key, value in (overrides or {}).items() if key != "base.device"}
     params._scratch = digest(changed) if changed and "base.outputs" not in changed else None
     return params
+
+
+def _check_annotate(options: Annotate, mode: AnnotationMode) -> None:
+    if options.episodes == []:
+        raise ParamsError("annotate.episodes: names no episode; null means all")
+    if mode != "single_stage" and options.second_opinion == options.annotator and not options.seed_matters:
+        greedy = " at annotate.temperature 0" if options.annotator in ("vlm", "server") else ""
+        raise ParamsError(
+            f"annotate.second_opinion: {options.annotator} answers the same whatever the seed{greedy}, so that it would "
+            "agree with itself; name another annotator, or null"
+        )
 
 
 def find_upwards(name: str | Path) -> Path:

@@ -25,7 +25,7 @@ from traitlets.config import Config
 
 from sarm_lib import corrections
 from sarm_lib import dataset as datasets
-from sarm_lib.artifacts import read_json, staged, write_json
+from sarm_lib.artifacts import folder_identity, read_json, staged, write_json
 from sarm_lib.encoder import identity
 from sarm_lib.params import find_upwards, load
 
@@ -38,6 +38,7 @@ SMOKE = {
     "annotate.annotator": "keyframes",  # needs neither marks nor a large model
     "annotate.second_opinion": None,
     "sarm.steps": 20,
+    "sarm.log_every": 5,
     "sarm.eval_every": 10,
     "sarm.save_every": 10,
     "sarm.warmup_steps": 5,
@@ -69,7 +70,8 @@ def _has_parameters(cell: nbformat.NotebookNode) -> bool:
 
 
 def write_sources(root: Path) -> None:
-    """Write `outputs/sources/NN_name.py` for every notebook, and what dataset and encoder are, and what people said: JSON files."""
+    """Write `outputs/sources/NN_name.py` for every notebook and, as JSON, what the dataset and the models named by
+    `params.yaml` are, and what people said."""
     params = load(root / "params.yaml")
     folder = params.paths.write("sources")
     with staged(folder) as partial:
@@ -79,6 +81,9 @@ def write_sources(root: Path) -> None:
         write_json(partial / "dataset.json", describe_dataset(params))
         for kind, path in (("marks", params.annotate.marks), ("corrections", params.verify.corrections)):
             write_json(partial / f"{kind}.json", corrections.contents(params.paths.resolve(path)))
+        for name, path in (("reward_model", params.rabc.reward_model_path), ("policy", params.policy.pretrained_path)):
+            files = folder_identity(params.paths.resolve(path)) if path else None
+            write_json(partial / f"{name}.json", {"path": path, "files": files})
         write_json(partial / "encoder.json", {"encoder": params.prepare.encoder, "identity": identity(params.encoder)})
 
 

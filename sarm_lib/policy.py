@@ -47,7 +47,17 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import sarm_lib.small_pi0  # noqa: F401  (registers the policy type)
-from sarm_lib.artifacts import PROVENANCE, code_digest, digest, is_current, read_json, remove, staged, write_json
+from sarm_lib.artifacts import (
+    PROVENANCE,
+    code_digest,
+    digest,
+    folder_identity,
+    is_current,
+    read_json,
+    remove,
+    staged,
+    write_json,
+)
 from sarm_lib.dataset import Dataset, Episode, fingerprint, rows_of
 from sarm_lib.schedule import learning_rate
 
@@ -411,6 +421,7 @@ def provenance(arm: Arm, params, dataset: Dataset) -> dict[str, Any]:
         "weights": None if arm.weights is None else digest(arm.weights.tobytes().hex(), params.rabc.epsilon),
         "seed": params.base.seed,
         "settings": params.policy.model_dump(),
+        "pretrained": folder_identity(Path(params.policy.pretrained_path or "none")),
         "code": code_digest("policy"),
     }
 

@@ -5,7 +5,9 @@ schema metadata, what made it: LeRobot's `reward_model_path`, the checkpoint's d
 """
 
 import json
-from dataclasses import dataclass
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +18,14 @@ import torch
 from tqdm.auto import tqdm
 
 from sarm_lib.artifacts import PARQUET_KEY, code_digest, read_provenance, staged
-from sarm_lib.checkpoint import RewardModel, checkpoint_digest
+from sarm_lib.checkpoint import RewardModel
 from sarm_lib.dataset import Dataset, Episode
 from sarm_lib.encoder import Embeddings
 from sarm_lib.model import Sarm
 from sarm_lib.stages import Labels, progress
 from sarm_lib.windows import FrameStore, pad_state
+
+log = logging.getLogger("sarm")
 
 
 @dataclass(frozen=True)
@@ -44,14 +48,25 @@ def frame_store(dataset: Dataset, embeddings: Embeddings, model: RewardModel) ->
             f"the reward model was trained on embeddings of {model.encoder}, these are of {embeddings.encoder}: "
             "set prepare.encoder to the model's and run 00_prepare"
         )
+    if model.spec.image_dim != embeddings.width:
+        raise ValueError(
+            f"the reward model reads embeddings of width {model.spec.image_dim}, these have {embeddings.width}: set "
+            f"prepare.encoder to {model.encoder} and run 00_prepare"
+        )
+    if model.encoder != embeddings.encoder and not model.encoder_identity:
+        log.warning(
+            "the reward model was trained with %s; these embeddings are of %s", model.encoder, embeddings.encoder
+        )
     missing = set(model.image_keys) - set(embeddings.cameras)
     if missing:
         raise ValueError(
-            f"the reward model sees {', '.join(missing)}, which is not encoded: add it to base.image_keys and run 00_prepare"
+            f"the reward model sees {', '.join(missing)}, which is not encoded: add it to prepare.image_keys and run 00_prepare"
         )
+    if model.state_key not in dataset.features:
+        raise ValueError(f"the reward model reads {model.state_key!r}, which this dataset does not have")
     lengths = np.array([episode.length for episode in dataset.episodes])
     starts = np.array([episode.row for episode in dataset.episodes])
-    states = torch.from_numpy(model.normalise(dataset.states))
+    states = torch.from_numpy(model.normalise(dataset.vectors(model.state_key)))
     return FrameStore(
         embeddings,
         model.image_keys,
@@ -59,59 +74,73 @@ def frame_store(dataset: Dataset, embeddings: Embeddings, model: RewardModel) ->
         dataset.frames.task_index.to_numpy(),
         np.repeat(starts, lengths),
         np.repeat(lengths, lengths),
+        model.spec.inputs,
     )
 
 
 @torch.inference_mode()
 def score(
-    sarm: Sarm, store: FrameStore, rows: np.ndarray, head: str, batch_size: int = 256, quiet: bool = True
-) -> Scores:
-    """Predict stage, τ and φ of the frames `rows` (n,) with `head`."""
-    window, parts = sarm.spec.window, []
+    sarm: Sarm,
+    store: FrameStore,
+    rows: np.ndarray,
+    heads: Sequence[str],
+    batch_size: int = 256,
+    quiet: bool = True,
+    text: torch.Tensor | None = None,
+) -> dict[str, Scores]:
+    """Predict stage, τ and φ of the frames `rows` (n,) with each of `heads`; `text` (E,) is said instead of their tasks."""
+    window, parts = sarm.spec.window, {head: [] for head in heads}
     device = next(sarm.parameters()).device
     sarm.eval()
-    for first in tqdm(
-        range(0, len(rows), batch_size), desc=f"scoring, {head}", unit="batch", disable=quiet, mininterval=5
-    ):
+    for first in tqdm(range(0, len(rows), batch_size), desc="scoring", unit="batch", disable=quiet, mininterval=5):
         batch = rows[first : first + batch_size]
         start, length = store.start[batch], store.length[batch]
         frames = window.observed(batch - start, length) + start[:, None]
-        windows = store.gather(frames, np.full(len(batch), window.length), store.task_texts(batch)).to(device)
-        prediction = sarm.predict(windows, head)
-        parts.append([tensor[:, window.position].cpu().numpy() for tensor in prediction])
-    probabilities, stage, tau = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return Scores(progress(stage, tau, np.array(sarm.spec.proportions[head])), stage, tau, probabilities)
+        said = store.task_texts(batch) if text is None else text.expand(len(batch), -1)
+        windows = store.gather(frames, np.full(len(batch), window.length), said).to(device)
+        for head, prediction in sarm.predict(windows, heads).items():
+            parts[head].append([tensor[:, window.position].cpu().numpy() for tensor in prediction])
+    found = {}
+    for head, columns in parts.items():
+        probabilities, stage, tau = (np.concatenate(column) for column in zip(*columns, strict=True))
+        phi = progress(stage, tau, np.array(sarm.spec.proportions[head]))
+        found[head] = Scores(phi, stage, tau, probabilities)
+    return found
 
 
-def score_episode(
-    sarm: Sarm, store: FrameStore, episode: Episode, head: str, stride: int = 1, batch_size: int = 256
-) -> Scores:
-    """Scores of every frame of an episode; with a `stride`, every n-th and the last are predicted and the rest
-    interpolated (φ, τ and probabilities linearly, the stage from the nearest predicted frame)."""
-    asked = np.unique(np.append(np.arange(0, episode.length, stride), episode.length - 1))
-    scores = score(sarm, store, episode.row + asked, head, batch_size)
-    if stride == 1:
-        return scores
-    frames = np.arange(episode.length)
-    nearest = np.abs(asked[None] - frames[:, None]).argmin(1)
+def score_episodes(
+    sarm: Sarm,
+    store: FrameStore,
+    episodes: Sequence[Episode],
+    heads: Sequence[str],
+    stride: int = 1,
+    batch_size: int = 256,
+    quiet: bool = True,
+    text: torch.Tensor | None = None,
+) -> dict[tuple[int, str], Scores]:
+    """Scores of every frame of some episodes, by episode and head.
+
+    With a `stride`, every n-th and the last frame of an episode are predicted and the rest is interpolated (φ, τ and
+    probabilities linearly, the stage from the nearest predicted frame).
+    """
+    asked = [np.unique(np.append(np.arange(0, e.length, stride), e.length - 1)) for e in episodes]
+    rows = np.concatenate([episode.row + frames for episode, frames in zip(episodes, asked, strict=True)])
+    scores, found = score(sarm, store, rows, heads, batch_size, quiet, text), {}
+    ends = np.cumsum([len(frames) for frames in asked])
+    for head, of_all in scores.items():
+        for episode, frames, end in zip(episodes, asked, ends, strict=True):
+            mine = Scores(*(getattr(of_all, field.name)[end - len(frames) : end] for field in fields(Scores)))
+            found[episode.index, head] = mine if stride == 1 else _interpolated(mine, frames, episode.length)
+    return found
+
+
+def _interpolated(scores: Scores, asked: np.ndarray, length: int) -> Scores:
+    """Scores of frames `asked` (n,), spread over all `length` frames."""
+    frames = np.arange(length)
+    nearest = np.searchsorted((asked[1:] + asked[:-1]) / 2, frames)
     line = lambda values: np.interp(frames, asked, values).astype(np.float32)  # noqa: E731
     probabilities = np.stack([line(column) for column in scores.probabilities.T], axis=1)
     return Scores(line(scores.progress), scores.stage[nearest], line(scores.tau), probabilities)
-
-
-def score_dataset(
-    sarm: Sarm, store: FrameStore, dataset: Dataset, heads: tuple[str, ...], stride: int, batch_size: int
-) -> dict[str, np.ndarray]:
-    """φ of every frame of the dataset, a head: (N,) float32."""
-    if stride == 1:
-        rows = np.arange(dataset.num_frames)
-        return {head: score(sarm, store, rows, head, batch_size, quiet=False).progress for head in heads}
-    return {
-        head: np.concatenate(
-            [score_episode(sarm, store, e, head, stride, batch_size).progress for e in dataset.episodes]
-        )
-        for head in heads
-    }
 
 
 def errors(
@@ -129,9 +158,13 @@ def ensure_progress(
 ) -> str:
     """Make `path` the progress of `dataset` by `model`, unless it is that already. Returns which it was, in words."""
     heads = model.spec.heads if params.rabc.head_mode == "both" else (params.rabc.head_mode,)
+    if not set(heads) <= set(model.spec.heads):
+        raise ValueError(
+            f"rabc.head_mode: {reward_model_path} has no {heads[0]} head, only {', '.join(model.spec.heads)}"
+        )
     provenance = {
         "reward_model_path": reward_model_path,
-        "checkpoint": checkpoint_digest(params.paths.resolve(reward_model_path)),
+        "checkpoint": model.checkpoint,
         "fingerprint": embeddings.fingerprint,
         "encoder_identity": embeddings.encoder_identity,
         "episodes": [episode.index for episode in dataset.episodes],
@@ -142,7 +175,9 @@ def ensure_progress(
     if path.exists() and read_provenance(path) == provenance:
         return f"kept the progress of {dataset.num_frames:,} frames that this model gave before"
     store = frame_store(dataset, embeddings, model)
-    found = score_dataset(model.sarm, store, dataset, heads, params.rabc.stride, params.rabc.batch_size)
+    stride, batch_size = params.rabc.stride, params.rabc.batch_size
+    scores = score_episodes(model.sarm, store, dataset.episodes, heads, stride, batch_size, quiet=False)
+    found = {head: np.concatenate([scores[e.index, head].progress for e in dataset.episodes]) for head in heads}
     write_progress(path, dataset, found, provenance)
     return f"scored {dataset.num_frames:,} frames"
 

@@ -7,6 +7,7 @@
 Vectorised over the file's columns; no frame is looked at alone.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,8 +17,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sarm_lib.artifacts import read_provenance, staged
-from sarm_lib.dataset import Dataset, episode_table
+from sarm_lib.artifacts import PARQUET_KEY, read_provenance, staged
+from sarm_lib.dataset import Dataset, episode_table, fingerprint
 
 Head = Literal["sparse", "dense"]
 
@@ -90,16 +91,17 @@ def compute(
     kappa: float,
     epsilon: float,
     train_episodes: list[int],
-    fingerprint: str | None = None,
+    dataset_fingerprint: str | None = None,
 ) -> RabcWeights:
     """Weights from a progress file; μ and σ come from `train_episodes` alone.
 
     Raises ValueError for a file of another dataset, without this head, or with a value that is not finite.
     """
     made = read_provenance(path)
-    if fingerprint and made and made.get("fingerprint") != fingerprint:
+    if dataset_fingerprint and made and made.get("fingerprint") != dataset_fingerprint:
         raise ValueError(
-            f"{path.name} is the progress of another dataset ({made.get('fingerprint')}, this one is {fingerprint}): run 05_compute_rabc"
+            f"{path.name} is the progress of another dataset ({made.get('fingerprint')}, this one is {dataset_fingerprint}): "
+            "run 05_compute_rabc"
         )
     column = f"progress_{head}"
     names = pq.read_schema(path).names
@@ -124,15 +126,41 @@ def compute(
     return RabcWeights(index, episode_index, frame_index, delta, weight, mean, std, delta_frames, kappa, epsilon)
 
 
-def write_weights(path: Path, computed: RabcWeights) -> None:
-    """`rabc_weights.parquet`: index, episode_index, frame_index, delta, weight."""
+def head_of(params) -> Head:
+    """The head whose progress makes the weights."""
+    return "sparse" if params.rabc.head_mode == "both" else params.rabc.head_mode
+
+
+def provenance(params, dataset_fingerprint: str) -> dict[str, str | int | float]:
+    """What weights are made from, besides progress: a file that says otherwise weights nothing."""
+    return {
+        "fingerprint": dataset_fingerprint,
+        "head_mode": head_of(params),
+        "delta_frames": params.delta_frames,
+        "kappa": params.rabc.kappa,
+        "epsilon": params.rabc.epsilon,
+    }
+
+
+def write_weights(path: Path, computed: RabcWeights, made_from: dict[str, str | int | float]) -> None:
+    """`rabc_weights.parquet`: index, episode_index, frame_index, delta, weight; and `made_from` in its metadata."""
     names = ("index", "episode_index", "frame_index", "delta", "weight")
+    table = pa.table({name: getattr(computed, name) for name in names})
     with staged(path) as partial:
-        pq.write_table(pa.table({name: getattr(computed, name) for name in names}), partial)
+        pq.write_table(table.replace_schema_metadata({PARQUET_KEY: json.dumps(made_from, sort_keys=True)}), partial)
 
 
-def weights_of_rows(path: Path, dataset: Dataset) -> np.ndarray:
-    """The weight of every row of `dataset`, (N,) float32. Raises ValueError where a frame has none."""
+def weights_of_rows(path: Path, params, dataset: Dataset) -> np.ndarray:
+    """The weight of every row of `dataset`, (N,) float32.
+
+    Raises ValueError for the weights of another dataset or of other settings, and where a frame has none.
+    """
+    made, wanted = read_provenance(path) or {}, provenance(params, fingerprint(dataset.root))
+    differing = [f"{key} is {made.get(key)}, not {value}" for key, value in wanted.items() if made.get(key) != value]
+    if differing:
+        raise ValueError(
+            f"{path.name} was made from something else ({'; '.join(differing)}): run 05_compute_rabc again"
+        )
     table = pq.read_table(path, columns=["index", "weight"])
     index, weight = table["index"].to_numpy(), table["weight"].to_numpy()
     wanted = dataset.frames["index"].to_numpy()

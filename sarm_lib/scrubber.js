@@ -8,6 +8,7 @@ const AHEAD_PLAYING = 12;
 const IN_FLIGHT = 3; // frames asked for at a time: a jump never waits for more than these
 const KEPT = 240; // frames kept as JPEGs
 const ZOOMED = 90; // frames on the timeline when it is zoomed: wide enough to take hold of one
+const OPEN = ["edited", "unfit", "outdated"]; // states of episodes that wait for a look
 const NEAR = 6; // pixels beside a boundary in which the mouse takes hold of it
 
 const HELP = [
@@ -45,7 +46,7 @@ function render({ model, el }) {
   const button = (text, title, onclick) => make("button", { type: "button", textContent: text, title, onclick });
   const picker = make("select", { className: "picker", title: "episode, the most suspicious first" });
   picker.append(...get("picker").map(([episode]) => make("option", { value: episode })));
-  picker.onchange = () => command("show_episode", { episode: Number(picker.value) });
+  picker.onchange = () => turnTo(Number(picker.value));
   const reason = make("span", { className: "reason" });
   const progress = make("span", { className: "quiet" });
   const pictures = get("cameras").map(() => make("canvas"));
@@ -291,6 +292,7 @@ function render({ model, el }) {
   }
 
   function draw() {
+    if (get("error") || get("episode") === turningTo) turningTo = null;
     if (episode !== get("episode")) {
       [episode, frame, rested, direction] = [get("episode"), get("frame"), get("frame"), 1];
       kept.clear();
@@ -307,8 +309,10 @@ function render({ model, el }) {
     });
     picker.selectedIndex = index;
     reason.textContent = index < 0 ? "" : rows[index][1];
-    const done = rows.filter(([i]) => states[i] && states[i] !== "edited").length;
-    progress.textContent = `${index + 1} of ${rows.length}, ${done} done`;
+    const done = rows.filter(([i]) => states[i] && !OPEN.includes(states[i].split(", ")[0])).length;
+    const drafts = rows.filter(([i]) => states[i]?.endsWith("edited")).length;
+    const unsaved = drafts ? `, ${drafts} edited and not saved` : "";
+    progress.textContent = `${index + 1} of ${rows.length}, ${done} done${unsaved}`;
     if (!drag) heads.forEach((head) => drawBar(head));
     const head = get("head");
     names.replaceChildren();
@@ -324,9 +328,15 @@ function render({ model, el }) {
     fetchFrames();
   }
 
+  let turningTo = null; // the episode that was asked for, until the kernel shows it
+
+  function turnTo(wanted) {
+    command("show_episode", { episode: (turningTo = wanted) });
+  }
+
   function turn(step) {
-    const rows = get("picker"), next = rows[rows.findIndex(([i]) => i === episode) + step];
-    if (next) command("show_episode", { episode: next[0] });
+    const rows = get("picker"), next = rows[rows.findIndex(([i]) => i === (turningTo ?? episode)) + step];
+    if (next) turnTo(next[0]);
   }
 
   // --- keys ---------------------------------------------------------------------------------------------------------

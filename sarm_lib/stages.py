@@ -7,6 +7,7 @@ A frame's stage k and its τ are kept apart: the sum y = k + τ cannot tell the 
 first of the next. LeRobot's `find_stage_and_tau` returns y; `targets` gives the same values before they are added.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,10 +36,23 @@ def targets(segments: tuple[Segment, ...], names: list[str], length: int) -> tup
     return stage, tau
 
 
-def complete(annotation: Annotation, head: str, names: list[str]) -> bool:
-    """Whether an episode shows every stage and ends in the last one: it did the whole task."""
-    shown = [segment.subtask for segment in annotation.head(head) or ()]
-    return set(shown) == set(names) and shown[-1] == names[-1]
+def complete(annotation: Annotation, stage_names: dict[str, list[str]]) -> bool:
+    """Whether an episode shows every stage of every head and ends in the last one: it did the whole task."""
+    shown = {head: [segment.subtask for segment in annotation.head(head) or ()] for head in stage_names}
+    return all(set(shown[head]) == set(names) and shown[head][-1] == names[-1] for head, names in stage_names.items())
+
+
+def counted(
+    annotations: list[Annotation], stage_names: dict[str, list[str]], rule: str
+) -> tuple[list[Annotation], str]:
+    """The episodes whose ᾱ counts by `rule`, `complete` or `all`, and the rule in words; the same ones for every head.
+
+    Where none is complete all count, and the words say so.
+    """
+    whole = [annotation for annotation in annotations if complete(annotation, stage_names)]
+    if rule == "complete" and whole:
+        return whole, "complete"
+    return annotations, "all" if rule == "all" else "all, as none is complete"
 
 
 def temporal_proportions(annotations: list[Annotation], head: str, names: list[str]) -> np.ndarray:
@@ -84,3 +98,23 @@ class Labels:
         """A name for these labels."""
         arrays = {head: [self.stage[head].tobytes().hex(), self.tau[head].tobytes().hex()] for head in self.stage}
         return digest(arrays, self.stage_names, self.proportions, sorted(self.annotated))
+
+
+def complete_episodes(labels: Labels, episodes: Sequence[Episode]) -> set[int]:
+    """Annotated episodes that show every stage of every head and end in the last one: they did the whole task."""
+
+    def whole(episode: Episode, head: str) -> bool:
+        stage, count = labels.stage[head][episode.rows], len(labels.stage_names[head])
+        return len(set(stage)) == count and stage[-1] == count - 1
+
+    heads = list(labels.stage_names)
+    return {e.index for e in episodes if e.index in labels.annotated and all(whole(e, head) for head in heads)}
+
+
+def nesting(labels: Labels, episodes: Sequence[Episode]) -> np.ndarray:
+    """The sparse stage that most annotated frames of each dense stage carry, (K_dense,) int64."""
+    counts = np.zeros([len(labels.stage_names[head]) for head in ("dense", "sparse")], dtype=np.int64)
+    for episode in episodes:
+        if episode.index in labels.annotated:
+            np.add.at(counts, (labels.stage["dense"][episode.rows], labels.stage["sparse"][episode.rows]), 1)
+    return counts.argmax(1)

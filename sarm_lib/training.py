@@ -1,15 +1,18 @@
 """Training SARM from the embeddings: batches by vectorised gathers, exact resumption, the best checkpoint by validation.
 
-Every random draw of a step comes from the stream (seed, step, process), so a run that is stopped and resumed draws what
-an uninterrupted one does.
+Every random draw of a step comes from the stream (seed, step), so a run that is stopped and resumed draws what an
+uninterrupted one does. Several processes (`sarm_lib.launch`) draw the same batch of `sarm.batch_size` windows and each learns
+its share of it.
 """
 
-import json
+import copy
+import importlib.util
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -19,8 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from sarm_lib.artifacts import code_digest, staged
-from sarm_lib.checkpoint import RewardModel
+from sarm_lib.artifacts import code_digest, digest, is_current, remove, staged, write_json_lines
+from sarm_lib.checkpoint import LOG, RewardModel, save_reward_model
 from sarm_lib.dataset import Dataset, Episode
 from sarm_lib.encoder import Embeddings, Encoder
 from sarm_lib.model import Sarm, SarmSpec
@@ -43,13 +46,23 @@ class Batch(NamedTuple):
     tau: dict[str, Tensor]
     given: Tensor  # (B,) bool: the progress transformer is given the true stage (teacher forcing)
     rows: np.ndarray  # (B, T) dataset rows of the images, for whoever wants to look
+    positions: float  # valid positions of the whole batch, a process: what its loss is divided by
+
+    def to(self, device: torch.device) -> "Batch":
+        move = lambda tensors: {k: v.to(device, non_blocking=True) for k, v in tensors.items()}  # noqa: E731
+        moved = self.windows.to(device), move(self.stage), move(self.tau), self.given.to(device)
+        return Batch(*moved, self.rows, self.positions)
 
 
 @dataclass
 class Augmentation:
+    """How samples are changed in training. `per` and `rewind_images` have LeRobot's defects as second values."""
+
     rewind_probability: float
     language_perturbation_probability: float
     gt_stage_ratio: float
+    per: Literal["sample", "batch"] = "sample"
+    rewind_images: Literal["of_targets", "of_lerobot"] = "of_targets"
 
 
 @dataclass
@@ -63,49 +76,77 @@ class Sampler:
     tau: dict[str, np.ndarray]  # a head: (N,)
     perturbations: Tensor  # (P, E) embeddings of texts that are not the task
     augmentation: Augmentation
+    loss_positions: Literal["valid", "all"] = "valid"
 
-    def draw(self, rng: np.random.Generator, size: int) -> Batch:
-        """One batch of `size` windows with rewind, language perturbation and teacher forcing drawn a sample."""
-        window = self.spec.window
+    def draw(self, rng: np.random.Generator, size: int, process: int = 0, processes: int = 1) -> Batch:
+        """One batch of `size` windows with rewind, language perturbation and teacher forcing drawn a sample; of several
+        processes, each gets its share of it."""
+        window, options = self.spec.window, self.augmentation
         rows = rng.choice(self.rows, size)
         start, length = self.store.start[rows], self.store.length[rows]
         observed = window.observed(rows - start, length)
-        room = window.rewind_room(observed)
-        rewinds = rng.random(size) < self.augmentation.rewind_probability
-        steps = np.where(rewinds, np.ceil(rng.random(size) * room), 0).astype(np.int64)
-        frames, valid = window.with_rewind(observed, steps)
-        frames = frames + start[:, None]
+        rewinds = self._coins(rng, size) < options.rewind_probability
+        luck = rng.random(size)
+        if options.rewind_images == "of_lerobot":
+            steps = np.where(rewinds, np.ceil(luck * window.lerobot_rewind_room(rows - start)), 0).astype(np.int64)
+            seen, frames, valid = window.with_lerobot_rewind(rows - start, observed, steps)
+        else:
+            steps = np.where(rewinds, np.ceil(luck * window.rewind_room(observed)), 0).astype(np.int64)
+            frames, valid = window.with_rewind(observed, steps)
+            seen = frames
 
-        perturbed = rng.random(size) < self.augmentation.language_perturbation_probability
-        other = self.perturbations[torch.from_numpy(rng.integers(0, len(self.perturbations), size))]
-        text = torch.where(torch.from_numpy(perturbed)[:, None], other, self.store.task_texts(rows))
-        right = ~perturbed[:, None]  # with another text than the task's there is no progress
+        perturbed = self._coins(rng, size) < options.language_perturbation_probability
+        other = self.perturbations[torch.from_numpy(self._whole(rng.integers(0, len(self.perturbations), size)))]
+        text = torch.where(torch.from_numpy(perturbed)[:, None], other, self.store.task_texts(self._whole(rows)))
+        given = torch.from_numpy(self._coins(rng, size) < options.gt_stage_ratio)
+        # With another text than the task's there is no progress, and none is asked for beyond the valid positions.
+        right = ~perturbed[:, None] & (np.arange(window.padded_length) < valid[:, None])
+        positions = int(valid.sum()) if self.loss_positions == "valid" else right.size
+
+        mine = slice(process, None, processes)
+        frames, seen, right = (x[mine] for x in (frames + start[:, None], seen + start[:, None], right))
         return Batch(
-            self.store.gather(frames, valid, text),
+            self.store.gather(seen, valid[mine], text[mine]),
             {head: torch.from_numpy(stage[frames] * right) for head, stage in self.stage.items()},
             {head: torch.from_numpy((tau[frames] * right).astype(np.float32)) for head, tau in self.tau.items()},
-            torch.from_numpy(rng.random(size) < self.augmentation.gt_stage_ratio),
-            frames,
+            given[mine],
+            seen,
+            positions / processes,
         )
+
+    def _coins(self, rng: np.random.Generator, size: int) -> np.ndarray:
+        """A number in [0, 1) for each sample; LeRobot throws one coin for a whole batch."""
+        coins = rng.random(size)
+        return coins if self.augmentation.per == "sample" else np.full(size, coins[0])
+
+    def _whole(self, values: np.ndarray) -> np.ndarray:
+        """LeRobot tells a whole batch the text of its first sample."""
+        return values if self.augmentation.per == "sample" else np.full_like(values, values[0])
 
 
 class SarmLoss(nn.Module):
     """Stage cross-entropy plus τ mean squared error of every head, over valid positions only."""
 
-    def __init__(self, sarm: Sarm) -> None:
+    def __init__(self, sarm: Sarm, positions: Literal["valid", "all"] = "valid") -> None:
         super().__init__()
-        self.sarm = sarm
+        self.sarm, self.positions = sarm, positions
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """`loss` and its parts, one number each."""
-        valid, parts = batch.windows.valid, {}
+        """`loss` and its parts, one number each: sums over this process's positions, divided by `batch.positions`."""
+        counted, parts = batch.windows.valid, {}
+        if self.positions == "all":
+            counted = torch.ones_like(counted)
         stage_logits = self.sarm.stage_logits(batch.windows, list(batch.stage))
+        given = batch.given[:, None]
+        prior = {h: torch.where(given, true, stage_logits[h].argmax(-1)) for h, true in batch.stage.items()}
+        tau = self.sarm.tau(batch.windows, prior)
         for head, true_stage in batch.stage.items():
-            logits = stage_logits[head]
-            prior = torch.where(batch.given[:, None], true_stage, logits.argmax(-1))
-            tau = self.sarm.tau(batch.windows, head, prior)
-            parts[f"{head}_stage_loss"] = F.cross_entropy(logits[valid], true_stage[valid])
-            parts[f"{head}_tau_loss"] = F.mse_loss(tau[valid], batch.tau[head][valid])
+            stage_loss = F.cross_entropy(stage_logits[head][counted], true_stage[counted], reduction="sum")
+            tau_loss = F.mse_loss(tau[head][counted], batch.tau[head][counted], reduction="sum")
+            parts |= {
+                f"{head}_stage_loss": stage_loss / batch.positions,
+                f"{head}_tau_loss": tau_loss / batch.positions,
+            }
         return {"loss": torch.stack(list(parts.values())).sum(), **parts}
 
 
@@ -138,6 +179,7 @@ def new_reward_model(params, dataset: Dataset, embeddings: Embeddings, labels: L
         num_heads=settings.num_heads,
         num_layers=settings.num_layers,
         dropout=settings.dropout,
+        inputs=tuple(settings.inputs),
     )
     torch.manual_seed(params.base.seed)
     mean, std = state_statistics(dataset, dataset.split("train"))
@@ -162,24 +204,32 @@ def new_sampler(
         tau=labels.tau,
         perturbations=encoder.texts(perturbed_texts(PERTURBATIONS, params.base.seed)),
         augmentation=Augmentation(
-            settings.rewind_probability, settings.language_perturbation_probability, settings.gt_stage_ratio
+            settings.rewind_probability,
+            settings.language_perturbation_probability,
+            settings.gt_stage_ratio,
+            settings.augmentation_per,
+            settings.rewind_images,
         ),
+        loss_positions=settings.loss_positions,
     )
 
 
 def validator(dataset: Dataset, labels: Labels, store: FrameStore) -> Callable[[Sarm], dict[str, float]]:
-    """Scores a model on the annotated val episodes, augmentation off: `val_mse` of φ, the mean over episodes and heads."""
+    """Scores a model on the annotated val episodes, augmentation off. `val_mse`: of φ, the mean over episodes and heads;
+    `val_accuracy_{head}` of the stage."""
     episodes = [episode for episode in dataset.split("val") if episode.index in labels.annotated]
     rows = annotated_rows(tuple(episodes), labels.annotated)
     ends = np.cumsum([episode.length for episode in episodes])[:-1]
 
     def validate(sarm: Sarm) -> dict[str, float]:
-        errors = []
-        for head in sarm.spec.heads:
-            target = progress(labels.stage[head][rows], labels.tau[head][rows], np.array(labels.proportions[head]))
-            squared = (score(sarm, store, rows, head).progress - target) ** 2
-            errors += [float(episode.mean()) for episode in np.split(squared, ends)]
-        return {"val_mse": float(np.mean(errors))}
+        errors, found = [], {}
+        for head, scores in score(sarm, store, rows, sarm.spec.heads).items():
+            stage = labels.stage[head][rows]
+            target = progress(stage, labels.tau[head][rows], np.array(labels.proportions[head]))
+            errors += [float(episode.mean()) for episode in np.split((scores.progress - target) ** 2, ends)]
+            if sarm.spec.num_stages(head) > 1:
+                found[f"val_accuracy_{head}"] = float(np.mean(scores.stage == stage))
+        return {"val_mse": float(np.mean(errors)), **found}
 
     return validate
 
@@ -199,6 +249,66 @@ def provenance(params, dataset: Dataset, embeddings: Embeddings, labels: Labels)
     }
 
 
+@dataclass(frozen=True)
+class Estimate:
+    """What training will take, measured with a few steps that are thrown away."""
+
+    parameters: int
+    memory: float  # bytes: weights, gradients, AdamW's moments, activations
+    seconds_per_step: float
+    steps: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.parameters:,} parameters, about {self.memory / 1e9:.1f} GB of memory, "
+            f"{self.seconds_per_step:.2f} s a step: {self.seconds_per_step * self.steps / 60:.1f} minutes for {self.steps} steps"
+        )
+
+
+def estimate(sarm: Sarm, sampler: Sampler, settings, device: str) -> Estimate:
+    """Memory and time of training, before it starts. settings: `params.sarm`."""
+    trial, spec = SarmLoss(copy.deepcopy(sarm).to(device), settings.loss_positions).train(), sarm.spec
+    batch = sampler.draw(np.random.default_rng(0), settings.batch_size).to(torch.device(device))
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        trial(batch)["loss"].backward()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    parameters = sum(p.numel() for p in sarm.parameters())
+    streams = 2 * (spec.num_cameras + 2) + len(spec.heads)  # of both transformers
+    tokens = settings.batch_size * spec.window.padded_length * streams
+    activations = (
+        tokens * spec.num_layers * 4 * (17 * spec.hidden_dim + 2.5 * spec.num_heads * spec.window.padded_length * 4)
+    )
+    return Estimate(parameters, 16 * parameters + activations, min(seconds[1:]), settings.steps)
+
+
+class Trained(NamedTuple):
+    """log: a line every `sarm.log_every` steps. last: the weights of the last step; the model itself has the best."""
+
+    log: list[dict[str, float]]
+    last: dict[str, Tensor]
+
+
+def train_into(
+    folder: Path, model: RewardModel, sampler: Sampler, validate: Callable, params, made_from: dict, device: str
+) -> None:
+    """Train `model` into the checkpoint `folder`, unless it was made from exactly this before.
+
+    A run that was stopped goes on where it last saved, to the weights that an uninterrupted one has.
+    """
+    if is_current(folder, made_from):
+        log.info("trained before with these data and settings")
+        return
+    work = params.paths.write(f"work/sarm-{digest(made_from)}")
+    trained = train(model.sarm, sampler, validate, params.sarm, params.base.seed, device, work)
+    if Accelerator().is_main_process:
+        save_reward_model(model, folder, made_from, trained.log, trained.last)
+        remove(work)
+
+
 def train(
     sarm: Sarm,
     sampler: Sampler,
@@ -207,84 +317,115 @@ def train(
     seed: int,
     device: str,
     work: Path,
-) -> list[dict[str, float]]:
-    """Train `sarm` in place and leave it with the weights that validated best. Returns the learning curve.
+) -> Trained:
+    """Train `sarm` in place and leave it with the weights that validated best.
 
     settings: `params.sarm`. work: a folder for unfinished work; a run that finds some there goes on from it.
+    Raises FloatingPointError where training diverges, ValueError for a batch that the processes cannot share.
     """
-    # Heads that a mode does not train, and the stage model of a single stage, have no gradient.
-    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    accelerator = Accelerator(cpu=device == "cpu", kwargs_handlers=[unused])
-    model = SarmLoss(sarm)
+    accelerator = make_accelerator(settings, device)
+    process, processes = accelerator.process_index, accelerator.num_processes
+    if settings.batch_size % processes:
+        raise ValueError(f"sarm.batch_size: {settings.batch_size} windows cannot be shared by {processes} processes")
+    model = SarmLoss(sarm, settings.loss_positions)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate(step, settings.steps, settings.warmup_steps)
     )
     model, optimizer = accelerator.prepare(model, optimizer)
-    state = TrainingState(work / "training_state.pt")
-    torch.manual_seed(seed)
-    step, curve, best = state.restore(sarm, optimizer, schedule) or (0, [], None)
-    bar = tqdm(initial=step, total=settings.steps, desc="training SARM", unit="step", mininterval=5)
-    sums: dict[str, float] = {}
+    state = TrainingState(work)
+    step, lines, best = state.restore(sarm, optimizer, schedule) or (0, [], None)
+    main = accelerator.is_main_process
+    bar = tqdm(initial=step, total=settings.steps, desc="training SARM", unit="step", mininterval=5, disable=not main)
+    sums: dict[str, Tensor | float] = {}
     while step < settings.steps:
         sarm.train()
-        rng = np.random.default_rng([seed, step, accelerator.process_index])
-        batch = _to(sampler.draw(rng, settings.batch_size), accelerator.device)
-        parts = model(batch)
+        torch.manual_seed(int(np.random.SeedSequence([seed, step, process]).generate_state(1)[0]))  # dropout's
+        batch = sampler.draw(np.random.default_rng([seed, step]), settings.batch_size, process, processes)
+        parts = model(batch.to(accelerator.device))
         optimizer.zero_grad()
         accelerator.backward(parts["loss"])
-        accelerator.clip_grad_norm_(model.parameters(), settings.gradient_clip)
+        norm = accelerator.clip_grad_norm_(model.parameters(), settings.gradient_clip)
         optimizer.step()
         schedule.step()
         step += 1
         bar.update()
-        for name, value in parts.items():
-            sums[name] = sums.get(name, 0.0) + value.item()
+        for name, value in {**parts, "gradient_norm": norm}.items():
+            sums[name] = sums.get(name, 0.0) + value.detach()
+        if step % settings.log_every and step < settings.steps:
+            continue
+        since = step - (lines[-1]["step"] if lines else 0)
+        means = {name: float(accelerator.reduce(value, "mean")) / since for name, value in sums.items()}
+        line, sums = {"step": step, **means, "learning_rate": schedule.get_last_lr()[0]}, {}
         if step % settings.eval_every == 0 or step == settings.steps:
-            since = settings.eval_every if step % settings.eval_every == 0 else step % settings.eval_every
-            scores = validate(sarm)
-            curve.append({"step": step, **{k: v / since for k, v in sums.items()}, **scores})
-            sums = {}
-            bar.set_postfix(loss=f"{curve[-1]['loss']:.4f}", val_mse=f"{scores['val_mse']:.4f}")
-            log.info("%s", json.dumps(curve[-1]))
-            if best is None or scores["val_mse"] < best[0]:
-                best = (scores["val_mse"], {k: v.detach().cpu().clone() for k, v in sarm.state_dict().items()})
-            if accelerator.is_main_process and step % settings.save_every == 0 and step < settings.steps:
-                state.save(sarm, optimizer, schedule, step, curve, best)
+            line |= validate(sarm)
+            if best is None or line["val_mse"] < best[0]:
+                best = (line["val_mse"], {k: v.detach().cpu().clone() for k, v in sarm.state_dict().items()})
+        if not all(map(np.isfinite, line.values())):
+            raise FloatingPointError(f"training diverged before step {step} ({line}): lower sarm.learning_rate")
+        lines.append(line)
+        bar.set_postfix({name: f"{line[name]:.4f}" for name in ("loss", "val_mse") if name in line})
+        accelerator.log({k: v for k, v in line.items() if k != "step"}, step=step)
+        if main:
+            state.write_log(lines)
+            if step % settings.save_every == 0 and step < settings.steps:
+                state.save(sarm, optimizer, schedule, step, lines, best)
     bar.close()
+    accelerator.end_training()
+    last = {k: v.detach().cpu().clone() for k, v in sarm.state_dict().items()}
     sarm.load_state_dict(best[1])
     sarm.eval()
-    return curve
+    return Trained(lines, last)
+
+
+def make_accelerator(settings, device: str) -> Accelerator:
+    """Processes, precision and trackers as `params.sarm` and `accelerate launch` set them."""
+    tracker = settings.log_with
+    if tracker and not importlib.util.find_spec(tracker):
+        raise ValueError(f"sarm.log_with: {tracker} is not installed; .venv/bin/uv pip install {tracker}")
+    bf16 = (
+        device == "cuda" and torch.cuda.is_bf16_supported()
+        if settings.precision == "auto"
+        else settings.precision == "bf16"
+    )
+    # Heads that a mode does not train, and the stage model of a single stage, have no gradient.
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    accelerator = Accelerator(
+        cpu=device == "cpu", mixed_precision="bf16" if bf16 else "no", log_with=tracker, kwargs_handlers=[unused]
+    )
+    if tracker:
+        accelerator.init_trackers(settings.log_project, config=settings.model_dump(mode="json"))
+    return accelerator
 
 
 @dataclass
 class TrainingState:
-    """Unfinished training on disk: what an uninterrupted run would have in memory at a validation step."""
+    """Unfinished training in a folder: what an uninterrupted run would have in memory at a validation step."""
 
-    path: Path
+    folder: Path
 
-    def save(self, sarm, optimizer, schedule, step: int, curve: list, best: tuple) -> None:
+    def save(self, sarm, optimizer, schedule, step: int, lines: list, best: tuple) -> None:
         state = {
             "model": sarm.state_dict(),
             "optimizer": optimizer.state_dict(),
             "schedule": schedule.state_dict(),
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-            "progress": (step, curve, best),
+            "progress": (step, lines, best),
         }
-        with staged(self.path) as partial:
+        with staged(self.folder / "training_state.pt") as partial:
             torch.save(state, partial)
 
-    def restore(self, sarm, optimizer, schedule) -> tuple | None:
-        if not self.path.exists():
+    def write_log(self, lines: list[dict[str, float]]) -> None:
+        """The log so far, for whoever watches."""
+        write_json_lines(self.folder / LOG, lines)
+
+    def restore(self, sarm, optimizer, schedule) -> tuple[int, list, tuple] | None:
+        path = self.folder / "training_state.pt"
+        if not path.exists():
             return None
-        state = torch.load(self.path, weights_only=True)
+        state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
         sarm.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
-        torch.set_rng_state(state["rng"])
-        if state["cuda_rng"]:
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
         log.info("resuming at step %d", state["progress"][0])
         return state["progress"]
 
@@ -295,8 +436,3 @@ def annotated_rows(episodes: tuple[Episode, ...], annotated: frozenset[int]) -> 
     if not rows:
         raise ValueError("none of these episodes is annotated: annotate some first (notebook 01)")
     return np.concatenate(rows)
-
-
-def _to(batch: Batch, device: torch.device) -> Batch:
-    move = lambda tensors: {k: v.to(device, non_blocking=True) for k, v in tensors.items()}  # noqa: E731
-    return Batch(batch.windows.to(device), move(batch.stage), move(batch.tau), batch.given.to(device), batch.rows)

@@ -15,7 +15,7 @@ import anywidget
 import traitlets
 
 from sarm_lib import corrections as files
-from sarm_lib.annotations import Annotation, AnnotationError, Segment, validate
+from sarm_lib.annotations import Annotation, AnnotationError, Segment, validate, violations
 from sarm_lib.charts import STAGE_COLOURS
 from sarm_lib.dataset import Dataset, DatasetError
 from sarm_lib.frames import FrameReader, jpeg
@@ -108,9 +108,10 @@ def spread(names: list[str], length: int) -> Segments:
 class Scrubber(anywidget.AnyWidget):
     """Shows episodes in `order` (worst first) with `reasons` (why one is suspicious), and writes what a person says.
 
-    Give `corrections` to verify `annotations`, or `marks` to mark episodes; the file need not exist. What it already
-    says is shown. An episode without annotation starts with its subtasks spread evenly. Raises AnnotationError for a
-    file that cannot be read.
+    Give `corrections` to verify `annotations`, or `marks` to mark episodes, beginning with `annotations` where there
+    are some; the file need not exist. What it already says is shown. An episode without annotation starts with its
+    subtasks spread evenly, which is nobody's word and cannot be saved as it is. Raises AnnotationError for a file that
+    cannot be read.
     """
 
     _esm = Path(__file__).with_name("scrubber.js")
@@ -174,7 +175,8 @@ class Scrubber(anywidget.AnyWidget):
         )
         self._read_file()
         self.on_msg(self._receive)
-        self.show_episode(next((i for i in known if i not in self._verdicts), known[0]))
+        settled = {i for i, (state, _, _) in self._verdicts.items() if state not in files.UNSETTLED}
+        self.show_episode(next((i for i in known if i not in settled), known[0]))
 
     def __repr__(self) -> str:
         return f"Scrubber: {len(self.picker)} episodes to {self.mode}, into {self._path.name}"
@@ -305,6 +307,8 @@ class Scrubber(anywidget.AnyWidget):
 
     def fix(self, why: str = "") -> None:
         """Save the segments as shown: a fix of the annotation, or a mark."""
+        if self.episode not in self._annotations and len(self._history[self.episode]) == 1:
+            raise AnnotationError("nobody has said this: the subtasks are only spread evenly. Move a boundary first")
         length = self._episodes[self.episode].length
         both = {"sparse": None, "dense": None} | self._shown
         shown = Annotation(self.episode, length, "manual", **both)
@@ -355,11 +359,23 @@ class Scrubber(anywidget.AnyWidget):
             if correction.episode not in self._episodes:
                 continue
             self._start(correction.episode)
+            base = self._history[correction.episode][0]
+            said = {head: correction.segments.get(head, base[head]) for head in self._vocabulary}
+            note = f"{outcome.outcome}: {outcome.note}" if outcome.outcome in files.UNSETTLED else ""
             if outcome.outcome == "fixed":
-                base = self._history[correction.episode][0]
-                self._save({h: correction.segments.get(h, base[h]) for h in self._vocabulary}, correction.episode)
-            note = f"{outcome.outcome}: {outcome.note}" if outcome.outcome in ("unfit", "outdated") else ""
+                self._save(said, correction.episode)
+            elif outcome.outcome == "unfit" and self._can_show(said, correction.episode):
+                self._history[correction.episode].append(said)
+                note += "\nIts segments are shown as a draft: mend and save them, or undo (u) for the annotation."
+            elif outcome.outcome == "unfit":
+                note += "\nIts segments cannot be shown; a new fix takes their place."
             self._verdicts[correction.episode] = (outcome.outcome, correction.why, note)
+
+    def _can_show(self, segments: Heads, episode: int) -> bool:
+        """Whether segments can be drawn and edited: unknown names can, frames outside the episode cannot."""
+        both = {"sparse": None, "dense": None} | segments
+        found = violations(Annotation(episode, self._episodes[episode].length, "manual", **both), self._vocabulary)
+        return {finding.rule for finding in found} <= {"vocabulary", "coverage"} and all(segments.values())
 
     def _start(self, episode: int) -> None:
         """The segments that an episode has before anyone touches them."""

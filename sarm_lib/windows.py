@@ -64,6 +64,25 @@ class WindowSpec:
         back = np.where(np.arange(self.max_rewind_steps) < steps[:, None], back, 0)
         return np.concatenate([window, back], axis=1), self.length + steps
 
+    # LeRobot's rewind, a defect to compare with: its images walk back from the current frame, its targets from before the
+    # window.
+
+    def lerobot_rewind_room(self, frames: np.ndarray) -> np.ndarray:
+        """How many rewind steps LeRobot has history for, (B,): only before the whole window."""
+        return np.clip((frames - self.position * self.frame_gap) // self.frame_gap, 0, self.max_rewind_steps)
+
+    def with_lerobot_rewind(
+        self, frames: np.ndarray, window: np.ndarray, steps: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Padded windows (B, 1 + n + R) of the frames that are seen and of those whose targets are learned, valid lengths."""
+        back = np.arange(1, self.max_rewind_steps + 1) * self.frame_gap
+        inside = np.arange(self.max_rewind_steps) < steps[:, None]
+        seen, targets = (
+            np.concatenate([window, np.where(inside, np.maximum(start[:, None] - back, 0), 0)], axis=1)
+            for start in (frames, frames - self.position * self.frame_gap)
+        )
+        return seen, targets, self.length + steps
+
 
 class Windows(NamedTuple):
     """A batch of B windows of T positions from C cameras."""
@@ -92,6 +111,7 @@ class FrameStore:
     task_index: np.ndarray  # (N,)
     start: np.ndarray  # (N,) first row of the frame's episode
     length: np.ndarray  # (N,) frames of the frame's episode
+    inputs: tuple[str, ...] = ("images", "state")  # what a model is shown; the others are zeros
 
     def task_texts(self, rows: np.ndarray) -> Tensor:
         """Embeddings (B, E) of the tasks of frames `rows` (B,)."""
@@ -99,8 +119,10 @@ class FrameStore:
 
     def gather(self, rows: np.ndarray, lengths: np.ndarray, text: Tensor) -> Windows:
         """Windows of dataset rows (B, T), of which `lengths` (B,) are valid, with texts (B, E)."""
-        images = self.embeddings.gather(rows, self.image_keys)
-        return Windows(images, text, self.states[torch.from_numpy(rows)], torch.from_numpy(lengths))
+        images, state = self.embeddings.gather(rows, self.image_keys), self.states[torch.from_numpy(rows)]
+        images = images if "images" in self.inputs else torch.zeros_like(images)
+        state = state if "state" in self.inputs else torch.zeros_like(state)
+        return Windows(images, text, state, torch.from_numpy(lengths))
 
 
 def pad_state(state: Tensor, width: int) -> Tensor:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sarm_lib import agreement
+from sarm_lib import agreement, charts
 from sarm_lib.annotations import Annotation, Finding, Segment
 
 NAMES = ["reach", "grasp", "lift"]
@@ -81,6 +81,81 @@ def test_suspicion_puts_the_worst_first_says_why_and_trusts_people():
     marked = Annotation(3, 40, "manual", own, None)
     other = Annotation(2, 40, "keyframes", segments((0, 0), (1, 30)), None)
     doubt = Finding(1, "sparse", "grasp", "unlikely duration", "20 frames, usual are 4")
-    table = agreement.suspicion([sure, unsure, marked], [doubt], [other], {"sparse": NAMES})
+    given = [[sure, unsure, marked], [doubt], [other], {"sparse": NAMES}]
+    table = agreement.suspicion(*given, {"sparse": 1.0})
     assert table.index.tolist() == [2, 1, 3] and table.score.tolist() == [0.95, 0.5, 0.0]
     assert "confidence 0.30" in table.why[2] and "keyframes sees 25%" in table.why[2] and "usual are 4" in table.why[1]
+    half = agreement.suspicion(*given, {"sparse": 0.5})
+    assert half.score[2] == pytest.approx(0.7 + 0.5 * 0.25, abs=1e-3)
+    none = agreement.suspicion(*given, {"sparse": 0.0})
+    assert none.score[2] == 0.7 and "keyframes" not in none.why[2]
+    accepted = agreement.suspicion(*given, {"sparse": 1.0}, accepted=[2])
+    assert accepted.index.tolist() == [1, 2, 3] and (accepted.score[2], accepted.why[2]) == (0.0, "")
+
+
+def test_a_second_opinion_counts_as_far_as_it_agrees_with_held_out_marks():
+    marks = [Annotation(1, 40, "manual", segments((0, 0), (1, 20)), None)]
+    names = {"sparse": NAMES}
+
+    def trust(start: int, *marks: Annotation) -> float:
+        second = [Annotation(e, 40, "x", segments((0, 0), (1, start)), None) for e in (1, 2)]
+        return agreement.trust(second, marks, names, 10)["sparse"]
+
+    assert trust(20, *marks) == 1 and trust(30, *marks) == 0.5  # a = 0.75
+    assert trust(38, *marks) == pytest.approx(0.1) and trust(20) == 0.5  # nothing is marked
+    upside_down = [Annotation(1, 40, "x", segments((1, 0), (0, 20)), None)]
+    assert agreement.trust(upside_down, marks, names, 10) == {"sparse": 0.0}  # worse than a coin counts nothing
+
+
+def test_references_without_an_annotation_are_counted():
+    own = segments((0, 0), (1, 20))
+    pairs = agreement.compare_all({1: own, 2: own, 3: own}, [Annotation(2, 40, "x", own, None)], "sparse", NAMES, 10)
+    assert [c.episode for c in pairs] == [2]
+    figures = agreement.summary(pairs, 10, asked=3)
+    assert (figures["episodes"], figures["missing"]) == (1, 2)
+    assert agreement.summary([], 10, asked=3) == {"episodes": 0, "missing": 3}
+
+
+def test_what_counts_as_a_retry_hangs_on_the_flicker(tiny):
+    """A step back of 0.2 s is a retry by a flicker of 0.1 s; none by one of 0.3 s."""
+    from sarm_lib.dataset import open_dataset
+
+    demos = open_dataset(tiny)  # 10 frames a second
+    stage = np.zeros(demos.num_frames, dtype=np.float32)
+    for e in demos.episodes:
+        stage[e.rows][4:] = 1
+        stage[e.rows][7:9] = 0
+    annotated = []
+    for e in demos.episodes:
+        own = (Segment("reach", 0, 3), Segment("grasp", 4, e.length - 1))
+        annotated.append(Annotation(e.index, e.length, "x", None, own))
+    table = agreement.by_flicker(stage, demos, annotated, NAMES)
+    scored = [e for e in demos.episodes if e.split != "train"]
+    assert list(table) == ["0.1 s", "0.125 s", "0.15 s"] and list(table["0.1 s"]) == ["val", "test", "val and test"]
+    assert table["0.1 s"]["val and test"] == {"retries": len(scored), "retry_recall": 0.0, "retry_precision": None}
+    longer = agreement.truth(stage, demos, NAMES, flicker=0.3)
+    assert all(len(longer[e.index]) == 2 for e in demos.episodes)
+
+
+def test_boundary_errors_are_drawn_as_shares_with_the_missed_ones_apart():
+    chart = charts.boundary_errors({"truth": [0, 0, 1, 5], "marks": [5.0]}, 5, "Boundaries").to_dict()
+    (rows,) = chart["datasets"].values()
+    found = {(r["reference"], r["low"] + 0.5): (r["share"], r["is"]) for r in rows}
+    assert found == {
+        ("truth", 0): (0.5, "found"),
+        ("truth", 1): (0.25, "found"),
+        ("truth", 5): (0.25, "missed"),
+        ("marks", 5): (1.0, "missed"),
+    }
+
+
+def test_boundaries_in_a_picture_are_no_gaps():
+    """Black between white: white alone is the gap between two pictures, grey a stretch without segment."""
+    images = np.full((4, 20, 20, 3), 100, dtype=np.uint8)
+    rows = {"dense": [("reach", 0, 14), ("grasp", 15, 29)]}
+    picture = np.asarray(charts.annotated_episode(images, rows, {"dense": NAMES}, 40, 10, "episode 1"))
+    middle, bar = picture[100], picture[-60]
+    dark = np.flatnonzero((middle == 0).all(1))
+    assert len(dark) and np.ptp(dark) < 4 and abs(dark.mean() - (64 + 15 / 40 * 1216)) < 3
+    assert (middle[[dark.min() - 1, dark.max() + 1]] == 255).all()
+    assert (bar[-20] == 0xDD).all()  # frames 30 to 39 belong to no segment

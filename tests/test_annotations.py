@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -51,6 +51,20 @@ def test_every_broken_rule_is_named_at_once_and_another_length_too():
         annotations.validate(good, NAMES, length=21)
 
 
+def test_what_the_annotation_mode_does_not_have_and_negative_episodes_are_refused():
+    good = annotation(Segment("reach", 0, 9), Segment("grasp", 10, 19))
+    broken = {
+        "dense, vocabulary: has segments": replace(good, dense=(Segment("garbage", -5, 99),)),
+        "nonsense, confidence: is of no head": replace(good, confidence={"nonsense": (0.5, 0.5)}),
+        "dense, confidence: is of no head": replace(good, confidence={"dense": ()}),
+        "sparse, confidence: needs one value": replace(good, confidence={"sparse": (0.5,)}),
+        "bounds: episodes are numbered from 0": replace(good, episode=-5),
+    }
+    for message, bad in broken.items():
+        with pytest.raises(AnnotationError, match=message):
+            annotations.validate(bad, NAMES, length=20)
+
+
 def test_a_subtask_may_recur_and_an_episode_may_end_early():
     annotations.validate(annotation(Segment("grasp", 0, 9), Segment("reach", 10, 14), Segment("grasp", 15, 19)), NAMES)
     annotations.validate(annotation(Segment("reach", 0, 19)), NAMES)
@@ -85,15 +99,15 @@ segment = st.fixed_dictionaries(
 )
 near = st.fixed_dictionaries(
     {
-        "episode": st.integers(0, 9) | junk,
+        "episode": st.integers(-3, 9) | junk,
         "length": st.just(20) | junk,
         "annotator": st.just("x") | junk,
         "sparse": st.lists(segment, max_size=4) | junk,
-        "dense": st.none() | junk,
+        "dense": st.none() | st.lists(segment, max_size=2) | junk,
     },
     optional={
         "confidence": st.none()
-        | st.dictionaries(st.sampled_from(["sparse", "dense"]), st.lists(st.floats(0, 1), max_size=4))
+        | st.dictionaries(st.sampled_from(["sparse", "dense", "nonsense"]), st.lists(st.floats(-1, 2), max_size=4))
         | junk,
         "more": junk,
     },
@@ -112,6 +126,9 @@ def test_whatever_a_file_holds_it_is_refused_or_valid(text):
     assert bounds == sorted(set(bounds)) and bounds[0] >= 0 and bounds[-1] < 20
     assert {s.subtask for s in read.sparse} <= set(NAMES["sparse"])
     assert sum(s.end - s.start + 1 for s in read.sparse) >= 16 and read.length == 20
+    assert read.episode >= 0 and read.dense is None
+    for head, values in (read.confidence or {}).items():
+        assert head == "sparse" and len(values) == len(read.sparse) and all(0 <= v <= 1 for v in values)
 
 
 @settings(max_examples=500, deadline=None)
@@ -141,6 +158,18 @@ def test_files_are_read_back_as_they_were_written(tmp_path):
     written = [annotation(Segment("reach", 0, 4), Segment("grasp", 5, 19))]
     annotations.save(tmp_path / "a", written, NAMES)
     assert annotations.load(tmp_path / "a", NAMES) == written
+
+
+def test_a_file_that_is_not_named_after_an_episode_is_said(tmp_path):
+    annotations.save(tmp_path / "a", [annotation(Segment("reach", 0, 19))], NAMES)
+    text = (tmp_path / "a/000007.json").read_text()
+    for name in ("000007 (1).json", "7.json", "7a.json"):
+        (tmp_path / "a" / name).write_text(text)
+        with pytest.raises(AnnotationError) as error:
+            annotations.load(tmp_path / "a", NAMES)
+        assert f"{name}: files in a are named after their episode, such as 000003.json" in str(error.value)
+        (tmp_path / "a" / name).unlink()
+    assert len(annotations.load(tmp_path / "a", NAMES)) == 1
 
 
 def test_an_invalid_annotation_is_never_stored(tmp_path):

@@ -1,7 +1,11 @@
 """Annotators: one interface, resumable, nothing invalid stored; keyframes, propagate, recorded labels, marks."""
 
+import itertools
 import json
+import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -12,8 +16,11 @@ from hypothesis import strategies as st
 from sarm_lib import agreement, annotations, annotators, corrections, dataset, lerobot_io, params
 from sarm_lib.annotations import Annotation, AnnotationError, Segment
 from sarm_lib.annotators import Failure, keyframes, propagate, recorded, sequences
+from sarm_lib.annotators.server import ServerAnnotator
+from sarm_lib.annotators.vlm import VlmAnnotator
 from sarm_lib.dataset import Dataset, Episode, open_dataset
 from sarm_lib.encoder import Embeddings
+from tests.conftest import ROOT
 
 NAMES = {"sparse": ["go", "come back"], "dense": ["go", "stop", "come back"]}
 
@@ -26,8 +33,8 @@ def demos(tiny):
 class Scripted:
     """Answers from a list; stops with an error where the list says so."""
 
-    def __init__(self, answers: dict) -> None:
-        self.identity, self.answers, self.asked = {"annotator": "scripted"}, answers, []
+    def __init__(self, answers: dict, name: str = "scripted") -> None:
+        self.identity, self.answers, self.name, self.asked = {"annotator": "scripted"}, answers, name, []
 
     def annotate(self, episodes) -> Iterator[Annotation | Failure]:
         for episode in episodes:
@@ -38,39 +45,193 @@ class Scripted:
             cut = {"good": 5, "empty segment": 0}.get(answer, 5)
             segments = (Segment("go", 0, cut - 1), Segment("come back", cut, episode.length - 1))
             if answer == "fails":
-                yield Failure(episode.index, "no answer")
+                yield Failure(episode.index, "no answer", {"prompt": "where?"})
             else:
-                yield Annotation(episode.index, episode.length, "scripted", segments, None)
+                yield Annotation(episode.index, episode.length, self.name, segments, None)
+
+
+SPARSE = {"sparse": NAMES["sparse"]}
 
 
 def test_a_killed_run_goes_on_where_it_was(demos, tmp_path):
-    names = {"sparse": NAMES["sparse"]}
     with pytest.raises(RuntimeError):
-        annotators.run(Scripted({3: "dies"}), demos, names, tmp_path)
+        annotators.run(Scripted({3: "dies"}), demos, SPARSE, tmp_path)
     second = Scripted({})
-    done, failures = annotators.run(second, demos, names, tmp_path)
+    assert [e.index for e in annotators.waiting(second, demos, SPARSE, tmp_path)] == [3, 4, 5, 6, 7]
+    done, failures = annotators.run(second, demos, SPARSE, tmp_path)
     assert second.asked == [3, 4, 5, 6, 7] and len(done) == 8 and not failures
     again = Scripted({})
-    assert annotators.run(again, demos, names, tmp_path)[0] == done and again.asked == []
+    assert annotators.run(again, demos, SPARSE, tmp_path)[0] == done and again.asked == []
     afresh = Scripted({})
-    annotators.run(afresh, demos, names, tmp_path, skip_existing=False)
+    annotators.run(afresh, demos, SPARSE, tmp_path, skip_existing=False)
     assert len(afresh.asked) == 8
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 8)), max_size=6))
+def test_whatever_is_killed_no_answer_is_lost_and_none_is_asked_for_twice(demos, runs):
+    """Runs that skip what exists or do not, each killed at an episode (8: not at all), against a model of two stores."""
+    stored, again = {}, {}
+    with tempfile.TemporaryDirectory() as work:
+        for number, (skip_existing, killed) in enumerate(runs):
+            answers = stored if skip_existing else again
+            todo = [i for i in range(8) if i not in answers]
+            asked = todo[: todo.index(killed) + 1] if killed in todo else todo
+            scripted = Scripted({killed: "dies"}, name=f"run {number}")
+            how = {"work": Path(work), "skip_existing": skip_existing}
+            assert [e.index for e in annotators.waiting(scripted, demos, SPARSE, **how)] == todo
+            answers |= {i: f"run {number}" for i in asked if i != killed}
+            if killed in todo:
+                with pytest.raises(RuntimeError):
+                    annotators.run(scripted, demos, SPARSE, **how)
+            else:
+                found, _ = annotators.run(scripted, demos, SPARSE, **how)
+                assert {a.episode: a.annotator for a in found} == answers
+                stored, again = (stored, again) if skip_existing else ({**stored, **again}, {})
+            assert scripted.asked == asked
+            # Who only looks sees what is finished, whatever `skip_existing` says, and changes nothing.
+            before = {path: path.read_bytes() for path in Path(work).rglob("*.json")}
+            found, missing = annotators.run(
+                annotators.Existing(scripted), demos, SPARSE, Path(work), skip_existing=False
+            )
+            assert {a.episode: a.annotator for a in found} == stored
+            assert [f.episode for f in missing] == [i for i in range(8) if i not in stored]
+            assert {path: path.read_bytes() for path in Path(work).rglob("*.json")} == before
+
+
 def test_a_failed_episode_is_listed_with_its_reason_and_blocks(demos, tmp_path):
-    names = {"sparse": NAMES["sparse"]}
-    done, failures = annotators.run(Scripted({2: "fails", 5: "empty segment"}), demos, names, tmp_path)
-    assert [a.episode for a in done] == [0, 1, 3, 4, 6, 7] and [f.episode for f in failures] == [2, 5]
-    assert "no answer" in failures[0].reason and "zero length: 'go' (0 to -1)" in failures[1].reason
-    with pytest.raises(AnnotationError, match=r"(?s)2 episodes are not annotated:.*episode 2: no answer"):
+    done, failures = annotators.run(Scripted({5: "empty segment", 2: "fails", 3: "fails"}), demos, SPARSE, tmp_path)
+    assert [a.episode for a in done] == [0, 1, 4, 6, 7] and [f.episode for f in failures] == [2, 3, 5]
+    assert "no answer" in failures[0].reason and "zero length: 'go' (0 to -1)" in failures[2].reason
+    with pytest.raises(
+        AnnotationError, match=r"(?s)3 episodes are not annotated:.*episodes 2, 3: no answer.*episode 5: "
+    ):
         annotators.require(failures, allowed=False)
     annotators.require(failures, allowed=True)
 
 
+def test_what_a_failed_episode_was_asked_is_kept_until_it_is_annotated(demos, tmp_path):
+    annotators.run(Scripted({2: "fails", 5: "empty segment"}), demos, SPARSE, tmp_path)
+    files = sorted(tmp_path.glob("*/failed/*"))
+    assert [path.name for path in files] == ["000002.json", "000005.json"]
+    first = json.loads(files[0].read_text())
+    assert first == {"episode": 2, "reason": "no answer", "provenance": {"prompt": "where?"}}
+    again = Scripted({5: "fails"})
+    annotators.run(again, demos, SPARSE, tmp_path)
+    assert again.asked == [2, 5] and sorted(tmp_path.glob("*/failed/*")) == files[1:]
+
+
+def test_a_mark_stands_in_for_an_annotation_that_failed_and_for_no_other(demos, tmp_path):
+    marks = [
+        Annotation(i, demos.episodes[i].length, "manual", (Segment("go", 0, demos.episodes[i].length - 1),), None)
+        for i in (1, 2, 5)
+    ]
+    scripted = Scripted({2: "fails", 3: "fails", 5: "empty segment"})
+    some = [e for e in demos.episodes if e.index != 5]
+    done, failures = annotators.run(scripted, demos, SPARSE, tmp_path, episodes=some, marks=marks)
+    assert [(a.episode, a.annotator) for a in done if a.annotator == "manual"] == [(2, "manual")]
+    assert [a.episode for a in done] == [0, 1, 2, 4, 6, 7] and [f.episode for f in failures] == [3]
+    again = Scripted({})
+    annotators.run(again, demos, SPARSE, tmp_path, episodes=some)
+    assert again.asked == [2, 3]  # the mark is no answer of the annotator's
+
+
 def test_episodes_that_are_not_there_are_named(demos):
     assert [e.index for e in annotators.select(demos, [2, 0])] == [2, 0]
+    assert annotators.select(demos, None) == list(demos.episodes)
     with pytest.raises(AnnotationError, match="no episode 99"):
         annotators.select(demos, [99])
+    with pytest.raises(AnnotationError, match=r"annotate\.episodes: names no episode; null means all"):
+        annotators.select(demos, [])
+    with pytest.raises(params.ParamsError, match=r"annotate\.episodes: names no episode; null means all"):
+        configured(episodes=[])
+
+
+# --- who annotates, and who else ------------------------------------------------------------------------------------
+
+
+def configured(**changes) -> params.Params:
+    """The repository's parameters with other ones under `annotate`."""
+    return params.load(ROOT / "params.yaml", {f"annotate.{key}": value for key, value in changes.items()})
+
+
+def test_the_estimate_is_of_the_episodes_that_are_left(demos):
+    asked = annotators.from_params(configured(annotator="server", dense_subtasks=["go"]), demos)
+    every, few = (annotators.estimate(asked, demos.episodes[:n]) for n in (8, 2))
+    assert "16 requests or more" in every and "4 requests or more" in few
+    assert annotators.estimate(asked, []) == "nothing is left to annotate"
+    looking = annotators.from_params(configured(annotator="server", visualize_only=True), demos)
+    assert annotators.estimate(looking, demos.episodes) == "nothing: annotate.visualize_only is set"
+    assert annotators.estimate(Scripted({}), demos.episodes) == "seconds, no GPU"
+
+
+def test_every_option_of_the_server_is_a_parameter(demos):
+    options = {"server_grammar": True, "server_timeout": 5.0, "requests_in_flight": 3, "server_url": "http://x/v1"}
+    made = annotators.from_params(configured(annotator="server", **options), demos)
+    assert (made.use_grammar, made.timeout, made.in_flight, made.url) == (True, 5.0, 3, "http://x/v1")
+
+
+@pytest.mark.parametrize("name", ["keyframes", "dataset", "manual", "vlm", "server"])
+def test_who_answers_the_same_whatever_the_seed_is_no_second_opinion_on_himself(name):
+    with pytest.raises(params.ParamsError, match=rf"annotate\.second_opinion: {name} answers the same"):
+        configured(annotator=name, second_opinion=name, temperature=0.0)
+    configured(annotator=name, second_opinion=None)
+    configured(annotator=name, second_opinion="propagate")
+    if name in ("vlm", "server"):
+        configured(annotator=name, second_opinion=name, temperature=0.5)
+    params.load(
+        ROOT / "params.yaml",
+        {
+            "base.annotation_mode": "single_stage",
+            "annotate.annotator": name,
+            "annotate.second_opinion": name,
+            "rabc.head_mode": "sparse",
+        },
+    )
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 999), st.integers(0, 999), st.sampled_from(["propagate", "vlm", "server"]))
+def test_two_seeds_share_neither_a_work_folder_nor_a_member_of_the_ensemble(seed, other, name):
+    made, truth, embeddings = robot(episodes=3)
+    names = {"dense": NAMES["dense"]}
+    mark = Annotation(0, truth[0][-1].end + 1, "manual", None, truth[0])
+    build = {
+        "propagate": lambda s: propagate.PropagateAnnotator(made, embeddings, [mark], names, s),
+        "vlm": lambda s: VlmAnnotator(made, names, seed=s),
+        "server": lambda s: ServerAnnotator(made, names, model="m", url="http://x/v1", seed=s),
+    }[name]
+    assert (build(seed).identity == build(other).identity) == (seed == other)
+    members = [set(build(s).members) for s in (seed, other)] if name == "propagate" else [{seed}, {other}]
+    assert members[0].isdisjoint(members[1]) == (seed != other)
+
+
+def test_the_first_annotator_with_another_seed_is_a_second_opinion(demos):
+    values = {"annotator": "server", "second_opinion": "server", "temperature": 1.0, "dense_subtasks": ["go"]}
+    config = configured(**values)
+    first, second = annotators.from_params(config, demos), annotators.second_from_params(config, demos)
+    assert second.identity == {**first.identity, "seed": config.base.seed + 1}
+
+
+def test_a_second_opinion_that_cannot_be_had_is_a_failure_of_each_episode_and_no_error(demos, tmp_path):
+    config = configured(annotator="keyframes", second_opinion="dataset", sparse_subtasks=["go"], dense_subtasks=["go"])
+    second = annotators.second_from_params(config, demos)
+    found, failures = annotators.run(second, demos, annotations.vocabulary(config), tmp_path)
+    assert found == [] and [f.episode for f in failures] == list(range(8))
+    assert {"carries no sparse labels" in f.reason for f in failures} == {True}
+    assert "carries no sparse labels" in annotators.estimate(second, demos.episodes)
+
+    class Breaks(Scripted):
+        def annotate(self, episodes):
+            yield from super().annotate(episodes[:3])
+            raise AnnotationError("no server answers")
+
+    second = annotators.SecondOpinion("scripted", lambda: Breaks({}))
+    found, failures = annotators.run(second, demos, SPARSE, tmp_path)
+    assert [a.episode for a in found] == [0, 1, 2]
+    assert [(f.episode, f.reason) for f in failures] == [(i, "no server answers") for i in range(3, 8)]
+    config = configured(annotator="keyframes", second_opinion="dataset", visualize_only=True)
+    assert isinstance(annotators.second_from_params(config, demos), annotators.Existing)
 
 
 # --- sequences and their decoding -----------------------------------------------------------------------------------
@@ -139,6 +300,46 @@ def test_keyframes_find_the_subtasks_of_a_robot_from_its_order_alone():
     assert result["frame_agreement"] > 0.9 and result["boundary_error_frames"] <= 2
 
 
+def test_keyframes_pass_over_an_episode_that_is_too_short_to_learn_from():
+    made, _, _ = robot()
+    names = {"dense": NAMES["dense"]}
+    usual = list(keyframes.KeyframeAnnotator(made, names).annotate(made.episodes[1:]))
+    first = made.episodes[0]
+    for length in (1, 3, 5):
+        cut = replace(made, episodes=(replace(first, length=length), *made.episodes[1:]))
+        cut._read_vectors["observation.state"] = made.states
+        found = list(keyframes.KeyframeAnnotator(cut, names).annotate(cut.episodes))
+        assert [a.episode for a in found] == [e.index for e in made.episodes]
+        same = np.mean([a.dense == b.dense for a, b in zip(found[1:], usual)])
+        assert same > 0.8  # the short episode counts in nothing but the standardisation
+    short = replace(made, episodes=tuple(replace(e, length=5) for e in made.episodes))
+    short._read_vectors["observation.state"] = made.states
+    with pytest.raises(AnnotationError, match="no training episode has 6 frames, which 3 subtasks need"):
+        list(keyframes.KeyframeAnnotator(short, names).annotate(short.episodes))
+
+
+def test_what_a_fit_depends_on_names_its_work():
+    """Training episodes and the state that is looked at: other ones, other answers, another folder."""
+    made, truth, embeddings = robot()
+    names = {"dense": NAMES["dense"]}
+    mark = Annotation(0, truth[0][-1].end + 1, "manual", None, truth[0])
+    moved = tuple(replace(e, split="val") if e.index == 4 else e for e in made.episodes)
+    others = [
+        replace(made, episodes=made.episodes[:-3]),
+        replace(made, episodes=moved),
+        replace(made, state_key="joints"),
+    ]
+    for build in (
+        lambda d: keyframes.KeyframeAnnotator(d, names),
+        lambda d: propagate.PropagateAnnotator(d, embeddings, [mark], names, 0),
+    ):
+        identities = [json.dumps(build(d).identity, sort_keys=True) for d in (made, *others)]
+        assert len(set(identities)) == 4
+        assert (
+            build(replace(made, episodes=made.episodes[:-1])).identity == build(made).identity
+        )  # one of val: no matter
+
+
 def test_propagate_carries_marks_finds_the_retry_and_knows_its_doubts():
     made, truth, embeddings = robot()
     names = {"sparse": NAMES["sparse"], "dense": NAMES["dense"]}
@@ -190,6 +391,50 @@ def test_suggested_episodes_are_training_episodes_each_once():
 
 
 # --- labels that a dataset carries ----------------------------------------------------------------------------------
+
+
+@settings(max_examples=200)
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=6), st.integers(0, 40), st.integers(0, 5))
+def test_ends_that_are_the_next_ones_first_frames_become_last_frames(lengths, beyond, gap):
+    """Whether a tool writes the last frame or the one after it, the same frames are meant."""
+    edges = np.cumsum([0, *(n + 1 for n in lengths)]).tolist()  # two frames a segment at least
+    closed = tuple(Segment("go", a, b - 1) for a, b in itertools.pairwise(edges))
+    opened = [Segment("go", a, b) for a, b in itertools.pairwise(edges)]
+    opened[-1] = replace(opened[-1], end=edges[-1] + beyond)
+    assert recorded._closed(opened, edges[-1]) == closed
+    assert recorded._closed(list(closed), edges[-1]) == closed
+    apart = [replace(s, end=max(s.start, s.end - gap)) for s in closed]  # gaps are for the gate to judge
+    assert recorded._closed(apart, edges[-1]) == tuple(apart)
+
+
+def test_what_lerobots_own_annotation_tool_writes_is_valid(demos, tmp_path):
+    import shutil
+
+    from lerobot.data_processing.sarm_annotations import subtask_annotation as tool
+
+    root = shutil.copytree(demos.root, tmp_path / "d")
+    said = {
+        e.index: tool.SubtaskAnnotation(
+            subtasks=[
+                tool.Subtask(name="go", timestamps=tool.Timestamp(start="00:00", end="00:01")),
+                tool.Subtask(name="come back", timestamps=tool.Timestamp(start="00:01", end="00:02")),
+            ]
+        )
+        for e in demos.episodes
+    }
+    tool.save_annotations_to_dataset(root, said, demos.fps, "sparse")
+    carried = open_dataset(root)
+    work = tmp_path / "work"
+    found, failures = annotators.run(recorded.RecordedAnnotator(carried, SPARSE), carried, SPARSE, work)
+    assert not failures
+    for annotation, episode in zip(found, demos.episodes):
+        assert annotation.sparse == (Segment("go", 0, 9), Segment("come back", 10, episode.length - 1))
+    said[3].subtasks[0].timestamps.end = "00:02"  # this overlaps
+    tool.save_annotations_to_dataset(root, said, demos.fps, "sparse")
+    carried = open_dataset(root)
+    _, failures = annotators.run(recorded.RecordedAnnotator(carried, SPARSE), carried, SPARSE, work)
+    assert [f.episode for f in failures] == [3]
+    assert "overlap: 'come back' (10 to 19) starts inside" in failures[0].reason
 
 
 def test_annotation_columns_of_another_tool_are_read(demos, tmp_path):
@@ -264,5 +509,3 @@ def test_the_demo_was_marked_without_the_simulators_truth():
     marks = corrections.read_marks(config.paths.resolve(config.annotate.marks), blind, names)
     splits = [demos.episodes[mark.episode].split for mark in marks]
     assert splits.count("train") <= 8 and "test" not in splits
-    sheets = sorted(path.stem for path in (contact_sheets.FOLDER / "contact_sheets").glob("*.jpg"))
-    assert sheets == sorted(f"episode_{mark.episode:03d}" for mark in marks)

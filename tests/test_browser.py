@@ -1,12 +1,6 @@
 """The scrubber in a headless Chromium on a real JupyterLab: what a person sees and does, down to the file on disk."""
 
-import json
-import os
 import shutil
-import subprocess
-import sys
-import time
-import urllib.request
 from pathlib import Path
 
 import nbformat
@@ -16,14 +10,11 @@ from sarm_lib.annotations import Segment
 from sarm_lib.corrections import read_corrections
 from sarm_lib.dataset import open_dataset
 
-from .conftest import LENGTHS, ROOT
+from .conftest import LENGTHS
+from .lab import CHROMIUM, VIEWPORT, jupyter_lab, open_notebook, run_cell, shows
 
-CHROMIUM = os.environ.get("SARM_CHROMIUM") or next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no Chromium (apt install chromium, or set SARM_CHROMIUM)")
 playwright = pytest.importorskip("playwright.sync_api", reason="no playwright (pip install -e .[dev])")
-TOKEN = "scrubber"
 
 CODE = """\
 from pathlib import Path
@@ -38,41 +29,11 @@ Scrubber(dataset, annotations, {"sparse": ["task"], "dense": ["reach", "grasp", 
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory, tiny):
-    """(address, folder) of a JupyterLab process that reads and writes nothing outside of a temporary folder."""
+    """(address, its root folder) of a JupyterLab."""
     folder = tmp_path_factory.mktemp("lab")
     shutil.copytree(tiny, folder / "work/dataset")
-    settings = folder / "settings/@jupyterlab/apputils-extension/notification.jupyterlab-settings"
-    settings.parent.mkdir(parents=True)
-    settings.write_text('{"fetchNews": "false", "checkForUpdates": false}')
-    env = os.environ | {"HOME": str(folder), "IPYTHONDIR": str(folder / "ipython"), "PYTHONPATH": str(ROOT)}
-    for name in ("CONFIG", "DATA", "RUNTIME"):
-        env[f"JUPYTER_{name}_DIR"] = str(folder / name.lower())
-    for name in ("SETTINGS", "WORKSPACES"):
-        env[f"JUPYTERLAB_{name}_DIR"] = str(folder / name.lower())
-    options = ["--no-browser", "--allow-root", "--ip=127.0.0.1", "--port=0", f"--IdentityProvider.token={TOKEN}"]
-    command = [sys.executable, "-m", "jupyterlab", *options, f"--ServerApp.root_dir={folder / 'work'}"]
-    with (folder / "lab.log").open("w") as log:
-        process = subprocess.Popen(command, env=env, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
-    try:
-        yield wait_for_server(process, folder), folder / "work"
-    finally:
-        process.terminate()
-        process.wait(30)
-
-
-def wait_for_server(process: subprocess.Popen, folder: Path) -> str:
-    """The server's address once it answers; it writes it into its runtime folder."""
-    until = time.monotonic() + 180
-    while time.monotonic() < until and process.poll() is None:
-        for path in (folder / "runtime").glob("jpserver-*.json"):
-            try:
-                address = json.loads(path.read_text())["url"]
-                urllib.request.urlopen(f"{address}api/status?token={TOKEN}", timeout=10)
-                return address
-            except (OSError, ValueError):
-                pass
-        time.sleep(0.1)
-    pytest.fail(f"JupyterLab did not start:\n{(folder / 'lab.log').read_text()[-3000:]}")
+    with jupyter_lab(folder) as address:
+        yield address, folder / "work"
 
 
 @pytest.fixture(scope="module")
@@ -87,16 +48,8 @@ def browser():
 def page(lab, browser):
     """A notebook of three cells in Lab, the second of which shows the scrubber."""
     address, folder = lab
-    cells = [
-        nbformat.v4.new_markdown_cell("above"),
-        nbformat.v4.new_code_cell(CODE),
-        nbformat.v4.new_markdown_cell("below"),
-    ]
-    metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=metadata), folder / "scrub.ipynb")
-    page = browser.new_page(viewport={"width": 1280, "height": 900})
-    page.set_default_timeout(120_000)
-    page.goto(f"{address}lab/tree/scrub.ipynb?token={TOKEN}&reset")
+    page = browser.new_page(viewport=VIEWPORT)
+    open_notebook(page, address, folder.parent, CODE)
     yield page
     page.close()
 
@@ -114,20 +67,6 @@ def scrubber(page, path):
     run_cell(page)
     shows(page, "3:0")
     return page.locator(".sarm-scrubber")
-
-
-def run_cell(page) -> None:
-    page.locator(".sarm-scrubber").evaluate_all("all => all.forEach(element => element.remove())")
-    page.locator(
-        ".jp-StatusBar-TextItem", has_text="| Idle"
-    ).wait_for()  # before that, Lab asks which kernel it should start
-    page.locator(".jp-CodeCell .cm-content").first.click()
-    page.keyboard.press("Control+Enter")
-
-
-def shows(page, frame: str) -> None:
-    """Wait until the pictures are those of `episode:frame`."""
-    page.locator(f".sarm-scrubber[data-shown='{frame}']").wait_for()
 
 
 def says(scrubber, text: str) -> None:
@@ -205,6 +144,25 @@ def test_a_boundary_dragged_with_the_mouse(page, scrubber, path, lab):
     (correction,) = saved(lab, path)
     assert [s.start for s in correction.segments["dense"]] == [0, 5, 15]
     assert correction.why == "axd"
+
+
+def test_two_quick_presses_go_two_episodes_on(page, scrubber):
+    """The second comes before the kernel has answered the first."""
+    press = "root => %s.forEach(key => root.dispatchEvent(new KeyboardEvent('keydown', { key, bubbles: true })))"
+    scrubber.evaluate(press % "['n', 'n']")
+    shows(page, "1:0")  # of 3, 0, 1
+    assert scrubber.locator("select").input_value() == "1"
+    scrubber.evaluate(press % "['n', 'p', 'p', 'p', 'p']")  # beyond the last, back to the first and beyond it
+    shows(page, "3:0")
+
+
+def test_what_is_not_saved_is_counted(page, scrubber):
+    scrubber.focus()
+    assert scrubber.locator(".quiet").first.inner_text() == "1 of 3, 0 done"
+    page.keyboard.press("]")
+    page.keyboard.press(".")
+    page.locator(".sarm-scrubber[data-state='edited']").wait_for()
+    assert scrubber.locator(".quiet").first.inner_text() == "1 of 3, 0 done, 1 edited and not saved"
 
 
 def test_playing_reaches_the_last_frame(page, scrubber):

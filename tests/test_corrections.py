@@ -1,10 +1,18 @@
 """What people say: files that keep their comments, verdicts that are never dropped, raw annotations that stay."""
 
+import difflib
+import json
+import re
+from dataclasses import replace
+
+import jsonschema
 import pytest
+import yaml
 
 from sarm_lib import corrections
 from sarm_lib.annotations import Annotation, AnnotationError, Segment
 from sarm_lib.dataset import fingerprint, open_dataset
+from tests.conftest import ROOT
 
 NAMES = {"sparse": ["reach", "grasp"]}
 
@@ -49,13 +57,118 @@ def test_corrections_are_read_back_as_they_were_written_and_comments_stay(demos,
     assert corrections.read_corrections(path, demos) == [second]
 
 
+LAYOUTS = {
+    "as written": """\
+# two of us looked at these
+dataset: {f}   # the recording of May
+corrections:
+  # the first one
+  - episode: 3   # Ana's
+    verdict: fix
+    # it closes late
+    sparse:   # as it should be
+      - [reach, 0, 5]
+      - [grasp, 6, 19]
+    was:
+      sparse:
+        - [reach, 0, 2]
+        - [grasp, 3, 19]
+    why: late   # ask her
+
+  # about five
+  - episode: 5
+    verdict: reject
+# the rest is fine
+""",
+    "without indentation, the fingerprint last": """\
+corrections:
+- verdict: fix
+  episode: 3   # Ana's
+  sparse:
+  - [reach, 0, 5]
+  - [grasp, 6, 19]
+# about five
+- episode: 5
+  verdict: reject   # fell
+
+dataset: {f}
+# the rest is fine""",
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_writing_an_entry_leaves_every_other_line_as_it_is(demos, tmp_path, layout):
+    path = tmp_path / "corrections.yaml"
+    path.write_text(layout.format(f=fingerprint(demos.root)))
+    before = path.read_text()
+    comments = {line.strip() for line in before.splitlines() if line.strip().startswith("#")}
+
+    def rest(text: str) -> list[str]:
+        """The lines that are not of episode 3."""
+        lines = text.splitlines()
+        start = next(i for i, line in enumerate(lines) if line.startswith(("  - ", "- ")))
+        stop = next((i for i, line in enumerate(lines) if "about five" in line), None)
+        return lines[:start] + [line for line in lines[stop:] if line]
+
+    corrections.record_correction(path, demos, fix(annotation(demos, 3), 9))  # again
+    after = path.read_text()
+    assert {line.strip() for line in after.splitlines() if line.strip().startswith("#")} == comments
+    assert rest(after) == rest(before) and "# Ana's" in after
+    assert "# ask her" in after or "# ask her" not in before
+    again, other = corrections.read_corrections(path, demos)
+    assert again.segments["sparse"][1] == Segment("grasp", 9, 19) and other.verdict == "reject"
+
+    corrections.record_correction(path, demos, fix(annotation(demos, 4), 7))  # between the two
+    assert [c.episode for c in corrections.read_corrections(path, demos)] == [3, 4, 5]
+    difference = list(difflib.ndiff(after.splitlines(), path.read_text().splitlines()))
+    assert any(line.startswith("+ ") for line in difference) and not [d for d in difference if d.startswith("- ")]
+
+    corrections.withdraw(path, "corrections", demos, 4)
+    assert path.read_text() == after + "\n" * (not after.endswith("\n"))
+    corrections.withdraw(path, "corrections", demos, 3)  # with it go the comments within it, and no others
+    assert rest(path.read_text() + "\n")[-3:] == rest(before)[-3:]
+    assert "# about five" in path.read_text() and "# the rest is fine" in path.read_text()
+    corrections.withdraw(path, "corrections", demos, 5)
+    assert corrections.read_corrections(path, demos) == []
+    corrections.record_correction(path, demos, fix(annotation(demos, 3), 9))
+    assert [c.episode for c in corrections.read_corrections(path, demos)] == [3]
+    assert "# about five" in path.read_text()
+
+
+@pytest.mark.parametrize("listed", ["", " []", " [{{episode: 5, verdict: reject}}]  # in a line"])
+def test_entries_in_a_line_get_lines_of_their_own(demos, tmp_path, listed):
+    path = tmp_path / "corrections.yaml"
+    path.write_text(f"dataset: {{f}}\ncorrections:{listed}".format(f=fingerprint(demos.root)))
+    corrections.record_correction(path, demos, fix(annotation(demos, 3), 9))
+    found = [c.episode for c in corrections.read_corrections(path, demos)]
+    assert found == ([3, 5] if "5" in listed else [3]) and ("# in a line" in path.read_text()) == ("line" in listed)
+
+
 def test_marks_are_annotations(demos, tmp_path):
     mark = annotation(demos, 2)
     corrections.record_mark(tmp_path / "marks.yaml", demos, mark, why="by eye")
     (read,) = corrections.read_marks(tmp_path / "marks.yaml", demos, NAMES)
     assert read.sparse == mark.sparse and read.annotator == "manual" and read.provenance["why"] == "by eye"
-    with pytest.raises(AnnotationError, match=r"episode 2, sparse, vocabulary: unknown subtask 'reach'"):
-        corrections.read_marks(tmp_path / "marks.yaml", demos, {"sparse": ["push"]})
+    with pytest.raises(AnnotationError, match=r"marks.yaml: episode 2, sparse, coverage"):
+        corrections.record_mark(tmp_path / "marks.yaml", demos, replace(mark, sparse=mark.sparse[:1]))
+        corrections.read_marks(tmp_path / "marks.yaml", demos, NAMES)
+
+
+def test_a_renamed_subtask_is_answered_with_what_to_write_where(demos, tmp_path):
+    path = tmp_path / "marks.yaml"
+    for episode in (2, 4):
+        corrections.record_mark(path, demos, annotation(demos, episode))
+    with pytest.raises(AnnotationError) as error:
+        corrections.read_marks(path, demos, {"sparse": ["reach", "close"]})
+    for part in (
+        "marks.yaml, episode 2, sparse: 'grasp' is none of annotate.sparse_subtasks (reach, close)",
+        "write 'close' in place of 'grasp' throughout marks.yaml (2 times, episodes 2, 4)",
+    ):
+        assert part in str(error.value)
+    path.write_text(path.read_text().replace("grasp", "close"))  # what it says helps
+    assert len(corrections.read_marks(path, demos, {"sparse": ["reach", "close"]})) == 2
+    with pytest.raises(AnnotationError, match="write one of 'push', 'pull' in place of 'reach'"):
+        corrections.read_marks(path, demos, {"sparse": ["push", "pull", "close"]})
 
 
 def test_every_verdict_has_its_outcome_and_raw_annotations_stay(demos):
@@ -69,6 +182,7 @@ def test_every_verdict_has_its_outcome_and_raw_annotations_stay(demos):
     ]
     reviewed = corrections.apply(raw, said, demos, NAMES)
     assert [o.outcome for o in reviewed.outcomes] == ["accepted", "fixed", "rejected", "outdated", "fixed"]
+    assert reviewed.accepted == [0] and [o.episode for o in reviewed.unsettled] == [3]
     assert reviewed.rejected == [2] and [a.episode for a in reviewed.annotations] == [0, 1, 3, 4]
     fixed = {a.episode: a for a in reviewed.annotations}
     assert fixed[1].sparse[1].start == 8 and fixed[1].annotator == "corrected" and fixed[3] == raw[3]
@@ -82,6 +196,10 @@ def test_a_correction_that_no_longer_fits_is_reported_and_the_annotation_stands(
     reviewed = corrections.apply(raw, said, demos, {"sparse": ["reach", "lift"]})
     assert [o.outcome for o in reviewed.outcomes] == ["unfit", "unfit"]
     assert "unknown subtask 'grasp'" in reviewed.outcomes[0].note and reviewed.annotations == raw
+    assert "rename it in this correction too" in reviewed.outcomes[0].note
+    assert reviewed.unsettled == reviewed.outcomes and reviewed.accepted == []
+    of_another_mode = corrections.apply(raw, [fix(raw[0], 6)], demos, {"dense": ["reach", "grasp"]})
+    assert "has segments, and the annotation mode only dense" in of_another_mode.unsettled[0].note
 
 
 def test_an_episode_that_nobody_annotated_can_be_fixed(demos):
@@ -95,10 +213,26 @@ def test_an_episode_that_nobody_annotated_can_be_fixed(demos):
         ("dataset: [", "is not YAML"),
         ("- 1", "needs `dataset:` and a list"),
         ("dataset: abcd\ncorrections: []", "is about another dataset (abcd"),
-        ("dataset: {f}\ncorrections:\n- verdict: fix", "entry 1: needs an episode number"),
+        ("dataset: {f}\ncorrections:\n- verdict: fix", "entry 1, episode: field required"),
+        ("dataset: {f}\ncorrections:\n- {{episode: -1, verdict: reject}}", "episode -1, episode: input should be"),
+        ("dataset: {f}\ncorrections:\n- reject", "entry 1: input should be a valid dictionary"),
+        ("dataset: {f}\ncorrections: 3", "needs `dataset:` and a list"),
+        ("dataset: {f}\ncorrections: []\nmarks: []", "needs `dataset:` and a list"),
         (
             "dataset: {f}\ncorrections:\n- {{episode: 1, verdict: maybe}}",
-            "verdict is accept, fix or reject, not 'maybe'",
+            "episode 1, verdict: input should be 'accept', 'fix' or 'reject', found 'maybe'",
+        ),
+        (  # a misspelled key would lose the fix
+            "dataset: {f}\ncorrections:\n- {{episode: 1, verdict: fix, sparse: [[reach, 0, 9]], dens: [[a, 0, 9]]}}",
+            "episode 1, dens: unknown key",
+        ),
+        (
+            "dataset: {f}\ncorrections:\n- {{episode: 1, verdict: accept, was: [[reach, 0, 9]]}}",
+            "episode 1, was: input should be a valid dictionary",
+        ),
+        (
+            "dataset: {f}\ncorrections:\n- {{episode: 1, verdict: accept, was: {{sparse: [[reach, 0]]}}}}",
+            "episode 1, was, sparse: expected [subtask, first frame, last frame], found ['reach', 0]",
         ),
         ("dataset: {f}\ncorrections:\n- {{episode: 1, verdict: fix}}", "a fix, and only a fix, has segments"),
         (
@@ -121,3 +255,29 @@ def test_what_cannot_be_read_is_said_and_never_written_over(demos, tmp_path, tex
     with pytest.raises(AnnotationError):
         corrections.record_correction(path, demos, fix(annotation(demos, 1), 7))
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("kind", ["marks", "corrections"])
+def test_the_documented_example_fits_the_documented_schema_which_is_the_codes(demos, tmp_path, kind):
+    text = (ROOT / "docs/annotations.md").read_text()
+    _, example, schema = re.search(
+        rf"## {kind.title()}\n(.*?)```yaml\n(.*?)```.*?```json\n(.*?)```", text, re.DOTALL
+    ).groups()
+    assert json.loads(schema) == corrections.json_schema(kind)
+    jsonschema.validate(yaml.safe_load(example), json.loads(schema))
+    path = tmp_path / "example.yaml"
+    path.write_text(re.sub("dataset: [0-9a-f]+", f"dataset: {fingerprint(demos.root)}", example))
+    assert corrections.episodes_in(path, kind, demos) == {"marks": [21], "corrections": [12, 30]}[kind]
+    for broken in ({"dens": []}, {"episode": "12"}, {"sparse": [["a", 0]]}):
+        content = yaml.safe_load(example)
+        content[kind][0] |= broken
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(content, json.loads(schema))
+
+
+def test_the_schema_fits_what_is_written(demos, tmp_path):
+    corrections.record_mark(tmp_path / "marks.yaml", demos, annotation(demos, 2), why="by eye")
+    for correction in (fix(annotation(demos, 3), 7), corrections.of_now(annotation(demos, 4), "reject")):
+        corrections.record_correction(tmp_path / "corrections.yaml", demos, correction)
+    for kind in ("marks", "corrections"):
+        jsonschema.validate(corrections.contents(tmp_path / f"{kind}.yaml"), corrections.json_schema(kind))

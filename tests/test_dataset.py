@@ -134,6 +134,48 @@ def test_own_splits_that_cannot_be_used_are_an_error_and_not_drawn_again(copy, s
         open_dataset(copy)
 
 
+@pytest.mark.parametrize(
+    "splits",
+    [
+        {"train": "0:5", "val": "5:6", "test": "6:9"},  # more than there are, as after an episode was deleted
+        {"train": "0:5", "val": "5:6", "test": "7:8"},  # one is in none
+        {"train": "0:6", "val": "5:6", "test": "6:8"},  # one is in two
+        {"train": "0:7", "val": "7:7", "test": "7:8"},  # none to validate on
+    ],
+)
+def test_own_splits_hold_every_episode_once(copy, splits):
+    info = json.loads((copy / "meta/info.json").read_text())
+    (copy / "meta/info.json").write_text(json.dumps({**info, "splits": splits}))
+    with pytest.raises(DatasetError, match="do not hold each of the 8 episodes once"):
+        open_dataset(copy)
+
+
+@pytest.mark.parametrize("broken", ["damaged", "empty", "missing"])
+def test_a_stored_image_that_is_not_there_names_episode_and_frame(tmp_path, broken):
+    root = make_dataset(tmp_path / "d", use_videos=False)
+    path = next(root.glob("data/**/*.parquet"))
+    table = pq.read_table(path)
+    row = open_dataset(root).episodes[3].row + 4
+    cells = table[CAMERAS[0]].to_pylist()
+    cells[row] = {"damaged": {"bytes": b"no picture", "path": None}, "empty": None, "missing": cells[row]}[broken]
+    column = pa.array(cells, table.schema.field(CAMERAS[0]).type)
+    table = table.set_column(table.schema.get_field_index(CAMERAS[0]), table.schema.field(CAMERAS[0]), column)
+    dataset = open_dataset(root)
+    if broken == "missing":
+        table = pa.concat_tables([table.slice(0, row), table.slice(row + 1)])
+    pq.write_table(table, path)
+    with pytest.raises(DatasetError, match=r"episode 3, .*: (frame 4 in .* cannot be read|.* holds \d+ of \d+ frames)"):
+        list(dataset.iterate_frames(CAMERAS[0]))
+
+
+def test_truth_is_a_simulator_s_column_behind_the_prefix_or_nothing(tiny):
+    dataset = open_dataset(tiny)
+    assert dataset.truth("progress", "sim.").shape == (dataset.num_frames,)
+    assert dataset.truth("progress", None) is None and dataset.truth("stage", "sim.") is None
+    with pytest.raises(DatasetError, match="no column begins with"):
+        dataset.truth("progress", "simulator.")
+
+
 def test_a_frame_at_the_wrong_time_is_named(copy):
     path = next(copy.glob("data/**/*.parquet"))
     table = pd.read_parquet(path)

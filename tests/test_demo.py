@@ -128,6 +128,24 @@ def test_the_same_seed_gives_the_recorded_states_and_actions(kind, table, frames
     np.testing.assert_allclose(np.stack(recorded["observation.state"])[:20], one.states[:20], atol=1e-3)
 
 
+def test_it_was_marked_and_corrected_without_the_simulators_truth():
+    """The columns are gone, asking for one is an error, and what was looked at is in git."""
+    from demo import contact_sheets
+    from sarm_lib.dataset import DatasetError
+
+    blind = contact_sheets.open_blind(DATA)
+    assert not [name for name in [*blind.features, *blind.table] if name.startswith("sim.")]
+    recorded = [name for name in open_dataset(DATA).features if name.startswith("sim.")]
+    for name in [*recorded, "no.such.column"]:
+        with pytest.raises(DatasetError, match=f"{name}: the dataset has no such column; it has observation"):
+            blind.vectors(name)
+    assert "sim.stage" in recorded and blind.truth("stage", None) is None
+    assert blind.vectors("observation.state").shape == (blind.num_frames, 4)
+    sheets = sorted((ROOT / "demo/contact_sheets").glob("*.jpg"))
+    assert [path.stem for path in sheets] == [f"episode_{i:03d}" for i in contact_sheets.looked_at(blind)]
+    assert {"episode_006", "episode_037", "episode_086", "episode_102"} < {path.stem for path in sheets}
+
+
 WITHOUT_GL = """
 import ctypes.util, sys
 

@@ -2,6 +2,7 @@
 
 import io
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import av
 import numpy as np
@@ -165,3 +166,15 @@ def test_a_jpeg_is_small_and_like_the_frame():
     assert shown.size == (640, 320)
     same = np.asarray(Image.open(io.BytesIO(jpeg(image, width=960))), dtype=int)
     assert np.abs(same - image).mean() < 3
+
+
+def test_several_threads_may_read(tiny):
+    """JupyterLab may hand a widget's messages to more than one."""
+    dataset = open_dataset(tiny)
+    reader = FrameReader(dataset, cache_bytes=2**16)
+    wanted = [(e, f) for e in dataset.episodes[:4] for f in range(0, e.length, 3)] * 3
+    alone = {(e.index, f): FrameReader(dataset).read(e, CAMERAS[0], f) for e, f in wanted[: len(wanted) // 3]}
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda ask: reader.read(ask[0], CAMERAS[0], ask[1]), wanted))
+    for (episode, frame), image in zip(wanted, found, strict=True):
+        np.testing.assert_array_equal(image, alone[episode.index, frame])

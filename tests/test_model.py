@@ -1,10 +1,13 @@
 """SARM is LeRobot's: same forward pass, same checkpoint, same progress; what LeRobot cannot express it refuses."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from sarm_lib.checkpoint import RewardModel, expressible, load_reward_model, save_reward_model
+from sarm_lib.artifacts import file_digest
+from sarm_lib.checkpoint import RewardModel, checkpoint_digest, expressible, load_reward_model, save_reward_model
 from sarm_lib.model import Sarm, SarmSpec
 from sarm_lib.stages import progress
 from sarm_lib.windows import Windows, WindowSpec
@@ -59,7 +62,7 @@ def test_lerobot_loads_our_checkpoint_strictly_and_computes_the_same_progress(tm
     batch = Windows(batch.images[:, :, :9], batch.text, batch.state[:, :9], batch.lengths)
     for head in ours.spec.heads:
         with torch.no_grad():
-            found = ours.sarm.predict(batch, head)
+            found = ours.sarm.predict(batch, [head])[head]
         rewards, probabilities = theirs.calculate_rewards(
             batch.text,
             batch.images[:, 0],
@@ -108,4 +111,80 @@ def test_a_single_stage_needs_no_stage_model():
     ours = reward_model(spec("single_stage"))
     batch = windows(ours.spec, [9, 9])
     ours.sarm.stage_model = None
-    assert ours.sarm.predict(batch, "sparse").probabilities.eq(1).all()
+    assert ours.sarm.predict(batch, ["sparse"])["sparse"].probabilities.eq(1).all()
+
+
+def test_both_heads_in_one_pass_are_what_each_is_alone():
+    """Streams before the stage are computed once, and the two stage streams do not see each other."""
+    ours = reward_model(spec())
+    batch = windows(ours.spec, [9, 13, 10])
+    with torch.no_grad():
+        together = ours.sarm.predict(batch, ["sparse", "dense"])
+        alone = {head: ours.sarm.predict(batch, [head])[head] for head in together}
+    for head, prediction in together.items():
+        for one, two in zip(prediction, alone[head], strict=True):
+            torch.testing.assert_close(one[batch.valid], two[batch.valid], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("mode", ["single_stage", "dense_only", "dual"])
+def test_a_checkpoint_of_lerobot_s_own_runs_here_with_its_own_statistics(tmp_path, mode):
+    from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature
+    from lerobot.processor import NormalizerProcessorStep, PolicyProcessorPipeline
+    from lerobot.rewards.sarm.configuration_sarm import SARMConfig
+    from lerobot.rewards.sarm.modeling_sarm import SARMRewardModel
+
+    names = {
+        "num_sparse_stages": 2, "sparse_subtask_names": DUAL["sparse"], "sparse_temporal_proportions": SHARES["sparse"],
+        "num_dense_stages": 5, "dense_subtask_names": DUAL["dense"], "dense_temporal_proportions": SHARES["dense"],
+    }  # fmt: skip
+    config = SARMConfig(
+        annotation_mode=mode, hidden_dim=24, num_heads=2, num_layers=2, frame_gap=4, device="cpu", **names,
+        image_key="observation.images.top", state_key="observation.state",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    theirs = SARMRewardModel(config).eval()
+    theirs.save_pretrained(tmp_path)
+    statistics = {"observation.state": {"mean": np.array([1.0, -2.0, 3.0]), "std": np.array([2.0, 0.5, 4.0])}}
+    normalizer = NormalizerProcessorStep(
+        features={"observation.state": PolicyFeature(type=FeatureType.STATE, shape=(3,))},
+        norm_map={"STATE": NormalizationMode.MEAN_STD},
+        stats=statistics,
+    )
+    PolicyProcessorPipeline(steps=[normalizer], name="policy_preprocessor").save_pretrained(tmp_path)
+
+    ours = load_reward_model(tmp_path)
+    assert ours.image_keys == ("observation.images.top",) and ours.encoder == "openai/clip-vit-base-patch32"
+    states = np.random.default_rng(0).normal(size=(9, 3)).astype(np.float32)
+    expected = (states - statistics["observation.state"]["mean"]) / statistics["observation.state"]["std"]
+    np.testing.assert_allclose(ours.normalise(states), expected, atol=1e-6)
+    batch = windows(ours.spec, [9, 9])
+    batch = Windows(batch.images[:, :, :9], batch.text, batch.state[:, :9], batch.lengths)
+    with torch.no_grad():
+        found = ours.sarm.predict(batch, ours.spec.heads)
+    for head, prediction in found.items():
+        rewards = theirs.calculate_rewards(
+            batch.text, batch.images[:, 0], batch.state, batch.lengths, return_all_frames=True, head_mode=head
+        )
+        phi = progress(prediction.stage.numpy(), prediction.tau.numpy(), np.array(ours.spec.proportions[head]))
+        np.testing.assert_allclose(phi, rewards, atol=1e-6)
+
+
+def test_what_is_no_reward_model_is_refused_with_its_name(tmp_path):
+    with pytest.raises(FileNotFoundError, match="not a reward model"):
+        load_reward_model(tmp_path)
+    (tmp_path / "config.json").write_text('{"type": "act"}')
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(ValueError, match="'act', not a SARM"):
+        load_reward_model(tmp_path)
+
+
+def test_the_last_step_s_weights_are_a_checkpoint_too_and_the_digest_is_of_everything_that_counts(tmp_path):
+    ours = reward_model(spec("dual", "past"))
+    last = {key: value + 1 for key, value in ours.sarm.state_dict().items()}
+    save_reward_model(ours, tmp_path / "sarm", {}, [{"step": 1, "loss": 0.5}], last)
+    loaded = load_reward_model(tmp_path / "sarm/last").sarm.state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in last.items())
+    other = reward_model(replace(ours.spec, proportions={**SHARES, "dense": SHARES["dense"][::-1]}))
+    save_reward_model(other, tmp_path / "other", {}, [])
+    assert file_digest(tmp_path / "sarm/model.safetensors") == file_digest(tmp_path / "other/model.safetensors")
+    assert checkpoint_digest(tmp_path / "sarm") != checkpoint_digest(tmp_path / "other")

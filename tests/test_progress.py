@@ -1,5 +1,7 @@
 """Scoring: equal to LeRobot's on the same features, and a file that LeRobot reads."""
 
+from dataclasses import replace
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -24,7 +26,7 @@ def test_progress_is_lerobot_s_from_the_same_features(parts):
     theirs = SARMRewardModel.from_pretrained(config.paths.read("sarm", "03"), strict=True)
     window, camera = model.spec.window, embeddings.cameras[dataset.image_keys[0]]
     for episode in dataset.episodes[:2]:
-        ours = progress.score_episode(model.sarm, store, episode, "sparse")
+        ours = progress.score_episodes(model.sarm, store, [episode], ["sparse"])[episode.index, "sparse"]
         for frame in range(episode.length):
             rows, _ = compute_absolute_indices(
                 episode.row + frame, episode.row, episode.row + episode.length, window.n_obs_steps, window.frame_gap
@@ -41,14 +43,17 @@ def test_progress_is_lerobot_s_from_the_same_features(parts):
 def test_the_batch_size_does_not_matter(parts):
     _, dataset, _, model, store = parts
     rows = np.arange(dataset.num_frames)
-    one, many = (progress.score(model.sarm, store, rows, "sparse", size).progress for size in (7, 64))
+    one, many = (progress.score(model.sarm, store, rows, ["sparse"], size)["sparse"].progress for size in (7, 64))
     np.testing.assert_allclose(one, many, atol=1e-6)
 
 
 def test_a_stride_predicts_some_frames_and_interpolates_the_rest(parts):
     _, dataset, _, model, store = parts
     episode = dataset.episodes[1]
-    every, some = (progress.score_episode(model.sarm, store, episode, "sparse", stride) for stride in (1, 4))
+    every, some = (
+        progress.score_episodes(model.sarm, store, dataset.episodes[:3], ["sparse"], stride)[episode.index, "sparse"]
+        for stride in (1, 4)
+    )
     asked = [*range(0, episode.length, 4), episode.length - 1]
     np.testing.assert_allclose(some.progress[asked], every.progress[asked], atol=1e-6)
     np.testing.assert_allclose(some.progress[2], (every.progress[0] + every.progress[4]) / 2, atol=1e-6)
@@ -112,3 +117,36 @@ def test_the_encoder_gives_what_lerobot_s_clip_gives(parts):
     with torch.no_grad():
         expected = theirs.get_image_features(**pixels).pooler_output
     torch.testing.assert_close(clip.images(images), expected, atol=1e-5, rtol=0)
+
+
+def test_states_are_those_that_the_model_reads_and_its_head_must_exist(parts):
+    _, dataset, embeddings, model, store = parts
+    by_action = replace(model, state_key="action", state_mean=np.zeros(2), state_std=np.ones(2))
+    other = progress.frame_store(dataset, embeddings, by_action)
+    np.testing.assert_allclose(other.states[:, :2].numpy(), dataset.actions, atol=1e-6)
+    assert (store.states[:, :3].numpy() != other.states[:, :3].numpy()).any()
+    with pytest.raises(ValueError, match="reads 'joints', which this dataset does not have"):
+        progress.frame_store(dataset, embeddings, replace(model, state_key="joints"))
+    wide = replace(model, sarm=type("S", (), {"spec": replace(model.spec, image_dim=768)})())
+    with pytest.raises(ValueError, match="embeddings of width 768, these have 512"):
+        progress.frame_store(dataset, embeddings, wide)
+
+
+def test_progress_is_computed_again_when_only_the_proportions_changed(parts, tmp_path):
+    config, dataset, embeddings, model, _ = parts
+    path = tmp_path / "progress.parquet"
+    say = lambda model: progress.ensure_progress(path, config, dataset, embeddings, model, "outputs/sarm")  # noqa: E731
+    assert say(model).startswith("scored") and say(model).startswith("kept")
+    flipped = {head: shares[::-1] for head, shares in model.spec.proportions.items()}
+    checkpoint.save_reward_model(
+        replace(model, sarm=with_spec(model.sarm, replace(model.spec, proportions=flipped))), tmp_path / "sarm", {}, []
+    )
+    assert say(checkpoint.load_reward_model(tmp_path / "sarm")).startswith("scored")
+
+
+def with_spec(sarm, spec):
+    from sarm_lib.model import Sarm
+
+    other = Sarm(spec)
+    other.load_state_dict(sarm.state_dict())
+    return other

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given
@@ -101,7 +102,7 @@ def test_a_file_of_another_dataset_and_a_missing_head_are_refused(in_project):
     path = config.paths.read("sarm_progress.parquet", "05")
     train = [e.index for e in dataset.split("train")]
     with pytest.raises(ValueError, match="progress of another dataset"):
-        rabc.compute(path, "sparse", 4, 0.1, 1e-6, train, fingerprint="0123456789abcdef")
+        rabc.compute(path, "sparse", 4, 0.1, 1e-6, train, "0123456789abcdef")
     with pytest.raises(ValueError, match="has no progress_dense; it has progress_sparse"):
         rabc.compute(path, "dense", 4, 0.1, 1e-6, train)
 
@@ -127,9 +128,20 @@ def test_every_row_gets_its_own_frame_s_weight(in_project, tmp_path):
     path = config.paths.read("rabc_weights.parquet", "05")
     table = pd.read_parquet(path)
     assert list(table) == ["index", "episode_index", "frame_index", "delta", "weight"]
+    np.testing.assert_array_equal(rabc.weights_of_rows(path, config, dataset), table.weight)
     copy = tmp_path / "w.parquet"
-    table.to_parquet(copy, index=False)
-    np.testing.assert_array_equal(rabc.weights_of_rows(copy, dataset), table.weight)
-    table.iloc[:-3].to_parquet(copy, index=False)
+    pq.write_table(pq.read_table(path).slice(0, len(table) - 3), copy)  # with its metadata
     with pytest.raises(ValueError, match="no weight for some frames"):
-        rabc.weights_of_rows(copy, dataset)
+        rabc.weights_of_rows(copy, config, dataset)
+
+
+def test_weights_of_another_dataset_or_of_other_settings_weight_nothing(in_project, tmp_path):
+    config, dataset = in_project
+    path = config.paths.read("rabc_weights.parquet", "05")
+    other = config.model_copy(update={"rabc": config.rabc.model_copy(update={"kappa": 0.77})})
+    with pytest.raises(ValueError, match=r"kappa is .*, not 0\.77"):
+        rabc.weights_of_rows(path, other, dataset)
+    table = pq.read_table(path)
+    pq.write_table(table.replace_schema_metadata({b"sarm_lib": b'{"fingerprint": "another"}'}), tmp_path / "w.parquet")
+    with pytest.raises(ValueError, match="fingerprint is another"):
+        rabc.weights_of_rows(tmp_path / "w.parquet", config, dataset)

@@ -68,7 +68,7 @@ def test_permuting_the_simulator_s_truth_changes_no_artifact(tiny, tiny_encoder,
             pq.write_table(table.append_column("sim.kind", kinds), path)
         if permute:
             permute_truth(source)
-        seen = {"base.group_key": "sim.kind", "verify.truth_key": "sim.progress"}
+        seen = {"base.group_key": "sim.kind", "base.truth_prefix": "sim."}
         folder = make_project(tmp_path / str(permute), source, tiny_encoder, seen)
         found.append(digests(run_chapters(folder), "metrics", "figures", "dataset/meta"))
     truths = [

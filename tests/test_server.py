@@ -5,13 +5,20 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 import urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sarm_lib import annotations
 from sarm_lib.annotations import Annotation, AnnotationError
-from sarm_lib.annotators import Failure
+from sarm_lib.annotators import Failure, question
+from sarm_lib.annotators.server import LONGEST_PAUSE, _Pace
 from tests.conftest import ROOT
 from tests.tiny_vlm import VOCABULARY, Clips, ask_server, kill_and_go_on
 
@@ -60,8 +67,16 @@ def test_an_invalid_answer_is_asked_for_again_and_then_a_failure(server):
     failures = [result for result in results if isinstance(result, Failure)]
     assert failures
     assert all("sparse: no valid answer in 2 tries; the last: segment " in failure.reason for failure in failures)
-    tries = [len(r.provenance["answers"]["sparse"]["refused"]) + 1 for r in results if isinstance(r, Annotation)]
-    assert stats(server)["answers"] - before["answers"] == 2 * len(failures) + sum(tries)
+    said = [result.provenance["answers"]["sparse"] for result in results]
+    for result, answers in zip(results, said):
+        assert answers["prompt"].startswith("The video shows")
+        assert (answers["answer"] is None) == (len(answers["refused"]) == 2) == isinstance(result, Failure)
+        for wrong in answers["refused"]:
+            with pytest.raises(AnnotationError) as error:
+                question.parse(wrong["answer"], names["sparse"], 6, dataset.fps)
+            assert wrong["reason"] == str(error.value)
+    answered = sum(len(answers["refused"]) + (answers["answer"] is not None) for answers in said)
+    assert stats(server)["answers"] - before["answers"] == answered
 
 
 def test_one_bad_episode_fails_alone(server):
@@ -69,6 +84,102 @@ def test_one_bad_episode_fails_alone(server):
     results = sorted(ask_server(server, dataset).annotate(dataset.episodes), key=lambda result: result.episode)
     assert results[0] == Failure(0, "DatasetError: episode 0, observation.images.front: file-000.mp4 is missing")
     assert isinstance(results[1], Annotation)
+
+
+def test_the_estimate_counts_what_is_sent(server):
+    dataset = Clips([20, 41])
+    asked = ask_server(server, dataset)
+    pictures = [len(asked.shown(episode)) for episode in dataset.episodes]
+    assert pictures == [4, 9]
+    sent = sum(len(part["image_url"]["url"]) for e in dataset.episodes for part in _pictures(asked, e))
+    estimate = asked.estimate(dataset.episodes)
+    assert "tiny-vlm: 4 requests or more, 4 at once, with 26 pictures in all: about 0.0 MB" in estimate
+    assert sent < 100_000
+
+
+def _pictures(asked, episode) -> list[dict]:
+    parts = asked.content(asked.question(episode, "dense"), asked.frames(episode))
+    return [part for part in parts if part["type"] == "image_url"]
+
+
+class Crowded(BaseHTTPRequestHandler):
+    """Waits for two requests, has too many for a second, answers one of them after a moment, and then every other."""
+
+    protocol_version = "HTTP/1.1"
+    answer = '{"segments": [{"start": 0.0, "subtask": "pick up the nut"}]}'
+
+    def do_GET(self) -> None:
+        self.reply(404, {"error": {"message": "no list of models"}})
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.arrivals.append(time.monotonic())
+        if len(self.server.arrivals) <= 2:
+            if self.server.both.wait() == 0:
+                self.server.refused_at = time.monotonic()
+                self.reply(429, {"error": {"message": "too many"}}, **{"retry-after": "1"})
+                return
+            time.sleep(0.3)
+        message = {"role": "assistant", "content": self.answer}
+        choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        self.reply(
+            200, {"id": "0", "object": "chat.completion", "created": 0, "model": "tiny-vlm", "choices": [choice]}
+        )
+
+    def reply(self, status: int, body: dict, **headers: str) -> None:
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        for name, value in {"content-type": "application/json", "content-length": len(data), **headers}.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_) -> None:
+        pass
+
+
+def test_when_one_is_told_that_there_are_too_many_all_wait():
+    crowded = ThreadingHTTPServer(("127.0.0.1", 0), Crowded)
+    crowded.arrivals, crowded.both, crowded.daemon_threads = [], threading.Barrier(2), True
+    threading.Thread(target=crowded.serve_forever, daemon=True).start()
+    dataset, names = Clips([20] * 6), {"sparse": VOCABULARY["sparse"]}
+    asked = ask_server(f"http://127.0.0.1:{crowded.server_port}", dataset, in_flight=2, vocabulary=names)
+    results = list(asked.annotate(dataset.episodes))
+    crowded.shutdown()
+    crowded.server_close()
+    assert [type(result) for result in results] == [Annotation] * 6
+    assert len(crowded.arrivals) == 7  # the refused one came again
+    assert min(crowded.arrivals[2:]) - crowded.refused_at > 0.99
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=12))
+def test_a_crowd_that_is_refused_together_makes_one_pause_and_the_next_a_longer_one(crowds):
+    """Without a word of the server's on how long."""
+
+    async def pauses() -> list[float]:
+        pace, clock, found = _Pace(), asyncio.get_running_loop(), []
+        for crowd in crowds:
+            before = clock.time()
+            for _ in range(crowd):
+                await pace.hear(SimpleNamespace(status_code=429, headers={}))
+            found.append(pace.over - before)
+            pace.over = 0.0  # as if it were over
+        await pace.hear(SimpleNamespace(status_code=200, headers={}))
+        await pace.hear(SimpleNamespace(status_code=503, headers={"retry-after": "soon"}))
+        return [*found, pace.over - clock.time()]
+
+    expected = [min(0.5 * 2**i, LONGEST_PAUSE) for i in range(len(crowds))]
+    assert asyncio.run(pauses()) == pytest.approx([*expected, 0.5], abs=0.1)
+
+
+@given(st.floats() | st.text(max_size=5))
+def test_whatever_a_server_asks_for_no_pause_is_endless(value):
+    async def pause() -> float:
+        pace = _Pace()
+        await pace.hear(SimpleNamespace(status_code=429, headers={"retry-after": str(value)}))
+        return pace.over - asyncio.get_running_loop().time()
+
+    assert asyncio.run(pause()) <= LONGEST_PAUSE
 
 
 def test_it_works_where_an_event_loop_is_running(server):

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sarm_lib.annotations import Annotation, Segment
-from sarm_lib.stages import progress, targets, temporal_proportions
+from sarm_lib.stages import counted, progress, targets, temporal_proportions
 
 NAMES = ["reach", "grasp", "lift", "carry"]
 
@@ -61,6 +61,22 @@ def test_proportions_count_every_episode_and_every_repeat(drawn):
     ]
     np.testing.assert_allclose(shares, np.mean(by_hand, axis=0))
     assert shares.sum() == pytest.approx(1)
+
+
+def test_only_episodes_that_are_complete_in_every_head_count():
+    """An episode may be complete in one head and stop short in the other."""
+    names = {"sparse": ["pick", "place"], "dense": ["reach", "lift", "lower"]}
+
+    def episode(index: int, dense: list[str]) -> Annotation:
+        rows = tuple(Segment(name, 10 * i, 10 * i + 9) for i, name in enumerate(dense))
+        sparse = (Segment("pick", 0, 9), Segment("place", 10, 10 * len(dense) - 1))
+        return Annotation(index, 10 * len(dense), "test", sparse, rows)
+
+    whole, failed = episode(0, ["reach", "lift", "reach", "lift", "lower"]), episode(1, ["reach", "lift"])
+    undone = episode(2, ["reach", "lift", "lower", "reach"])
+    assert counted([whole, failed, undone], names, "complete") == ([whole], "complete")
+    assert counted([whole, failed], names, "all") == ([whole, failed], "all")
+    assert counted([failed, undone], names, "complete") == ([failed, undone], "all, as none is complete")
 
 
 @given(

@@ -1,11 +1,21 @@
 """Training samples say what they show; a stopped run ends where an uninterrupted one does."""
 
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from sarm_lib import encoder, lerobot_io, schedule, training
+from sarm_lib import encoder, lerobot_io, progress, schedule, training
+from sarm_lib.artifacts import read_json_lines
 from sarm_lib.training import Augmentation, SarmLoss
+from tests.conftest import CAMERAS, ROOT
 
 
 @pytest.fixture
@@ -43,6 +53,62 @@ def test_each_sample_draws_its_own_augmentation_and_carries_its_own_task(parts):
     assert (batch.tau["sparse"].numpy()[told] > 0).any()
 
 
+def test_processes_share_a_batch_and_its_loss(parts):
+    """What two processes draw and lose is together what one does."""
+    *_, model, sampler = parts
+    whole = sampler.draw(np.random.default_rng(3), 16)
+    halves = [sampler.draw(np.random.default_rng(3), 16, process, 2) for process in range(2)]
+    for process, half in enumerate(halves):
+        np.testing.assert_array_equal(half.rows, whole.rows[process::2])
+        assert torch.equal(half.windows.text, whole.windows.text[process::2])
+    loss = SarmLoss(model.sarm.eval())
+    losses = [loss(half)["loss"] for half in halves]
+    assert loss(whole)["loss"].item() == pytest.approx(torch.stack(losses).mean().item(), abs=1e-5)
+
+
+def test_lerobot_s_recipe_can_be_switched_on(parts):
+    """One draw a batch, rewinds of other frames than their targets', padding in the loss: as LeRobot does it."""
+    from lerobot.rewards.sarm.sarm_utils import apply_rewind_augmentation
+
+    _, dataset, _, labels, model, sampler = parts
+    sampler.augmentation = Augmentation(1.0, 0.5, 0.5, per="batch", rewind_images="of_lerobot")
+    window, rewound = model.spec.window, 0
+    for seed in range(20):
+        batch = sampler.draw(np.random.default_rng(seed), 16)
+        assert len(batch.given.unique()) == 1 and len(batch.windows.text.unique(dim=0)) == 1
+        if (batch.tau["sparse"] == 0).all():  # told another task
+            continue
+        for b, length in enumerate(batch.windows.lengths.tolist()):
+            episode = dataset.episodes[dataset.frames.episode_index[batch.rows[b, 0]]]
+            frame = batch.rows[b, window.position] - episode.row
+            steps = length - window.length
+            _, targets = apply_rewind_augmentation(
+                frame, 0, window.n_obs_steps, window.max_rewind_steps, window.frame_gap, rewind_step=max(steps, 1)
+            )
+            for r in range(steps):
+                assert batch.rows[b, window.length + r] - episode.row == max(0, frame - (r + 1) * window.frame_gap)
+                tau = labels.tau["sparse"][episode.row + targets[r]]
+                assert batch.tau["sparse"][b, window.length + r] == pytest.approx(tau)
+                rewound += 1
+    assert rewound
+    sampler.loss_positions = "all"
+    batch = sampler.draw(np.random.default_rng(0), 16)
+    loss, wrong = SarmLoss(model.sarm.eval(), "all"), torch.where(batch.windows.valid, batch.tau["sparse"], 123.0)
+    assert not torch.equal(loss(batch)["loss"], loss(batch._replace(tau={**batch.tau, "sparse": wrong}))["loss"])
+
+
+@pytest.mark.parametrize("kept", ["images", "state"])
+def test_an_input_that_is_left_out_changes_nothing(parts, kept):
+    config, dataset, embeddings, labels, *_ = parts
+    only = config.model_copy(update={"sarm": config.sarm.model_copy(update={"inputs": [kept]})})
+    model = training.new_reward_model(only, dataset, embeddings, labels)
+    store = progress.frame_store(dataset, embeddings, model)
+    other = replace(store, states=store.states + 1) if kept == "images" else replace(store, image_keys=(CAMERAS[1],))
+    rows = np.arange(20)
+    one, two = (progress.score(model.sarm, s, rows, ["sparse"])["sparse"].progress for s in (store, other))
+    np.testing.assert_array_equal(one, two)
+
+
 def test_only_training_episodes_are_drawn(parts):
     _, dataset, _, _, _, sampler = parts
     drawn = set(dataset.frames.episode_index.to_numpy()[sampler.draw(np.random.default_rng(0), 512).rows].ravel())
@@ -76,26 +142,84 @@ def test_a_stopped_run_resumes_to_the_same_weights(parts, tmp_path):
 
     def run(work, validator):
         sarm = training.new_reward_model(config, dataset, embeddings, labels).sarm
-        curve = training.train(sarm, sampler, validator, config.sarm, 0, "cpu", work)
-        return sarm.state_dict(), curve
+        trained = training.train(sarm, sampler, validator, config.sarm, 0, "cpu", work)
+        return sarm.state_dict(), trained
 
-    whole, curve = run(tmp_path / "whole", validate)
+    whole, trained = run(tmp_path / "whole", validate)
     with pytest.raises(Stopped):
         run(tmp_path / "stopped", validate_and_stop)
     assert (tmp_path / "stopped/training_state.pt").exists()
-    resumed, resumed_curve = run(tmp_path / "stopped", validate)
-    assert resumed_curve == curve and [row["step"] for row in curve] == [4, 8, 12]
+    torch.rand(7)  # whatever was drawn in between
+    resumed, again = run(tmp_path / "stopped", validate)
+    assert again.log == trained.log and [line["step"] for line in trained.log] == [2, 4, 6, 8, 10, 12]
+    assert [line["step"] for line in trained.log if "val_mse" in line] == [4, 8, 12]
+    assert read_json_lines(tmp_path / "whole/log.jsonl") == trained.log
     for key, value in whole.items():
         assert torch.equal(value, resumed[key]), key
+    for key, value in trained.last.items():
+        assert torch.equal(value, again.last[key]), key
+
+
+def test_training_that_diverges_stops_with_a_remedy(parts, tmp_path):
+    *_, model, sampler = parts
+    config = parts[0]
+    with pytest.raises(FloatingPointError, match=r"lower sarm\.learning_rate"):
+        training.train(model.sarm, sampler, lambda sarm: {"val_mse": float("nan")}, config.sarm, 0, "cpu", tmp_path)
+
+
+def test_a_tracker_that_is_not_installed_is_named(parts):
+    with pytest.raises(ValueError, match=r"sarm\.log_with: trackio is not installed"):
+        training.make_accelerator(parts[0].sarm.model_copy(update={"log_with": "trackio"}), "cpu")
+
+
+def test_the_estimate_is_of_this_model_and_leaves_it_alone(parts):
+    *_, model, sampler = parts
+    before = {key: value.clone() for key, value in model.sarm.state_dict().items()}
+    found = training.estimate(model.sarm, sampler, parts[0].sarm, "cpu")
+    assert found.parameters == sum(p.numel() for p in model.sarm.parameters())
+    assert found.memory > 16 * found.parameters and 0 < found.seconds_per_step < 5
+    assert all(torch.equal(before[key], value) for key, value in model.sarm.state_dict().items())
+
+
+def test_two_processes_learn_what_one_learns(project, tmp_path):
+    """`accelerate launch` with two CPU processes: the same batches, the same weights up to the order of sums."""
+    found = []
+    for processes in (1, 2):
+        copy = shutil.copytree(project, tmp_path / str(processes), symlinks=True)
+        overrides = {"sarm.dropout": 0.0, "sarm.steps": 8}
+        launch = [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--cpu",
+            "--num_machines=1",
+            "--mixed_precision=no",
+        ]
+        launch += ["--dynamo_backend=no", f"--num_processes={processes}", "--num_cpu_threads_per_process=1"]
+        launch += ["--main_process_port=0"] if processes > 1 else []
+        command = [*launch, "-m", "sarm_lib.launch", "train", "--overrides", json.dumps(overrides)]
+        done = subprocess.run(
+            command, cwd=copy, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        (folder,) = (copy / "outputs/scratch").glob("*/sarm")
+        found.append((load_file(folder / "last/model.safetensors"), read_json_lines(folder / "log.jsonl")))
+    (one, one_log), (two, two_log) = found
+    for key, value in one.items():
+        torch.testing.assert_close(value, two[key], atol=1e-5, rtol=1e-4)
+    assert [line["val_mse"] for line in one_log if "val_mse" in line] == pytest.approx(
+        [line["val_mse"] for line in two_log if "val_mse" in line], abs=1e-5
+    )
 
 
 def test_training_learns(parts, tmp_path):
     config, dataset, embeddings, labels, _, sampler = parts
     settings = config.sarm.model_copy(update={"steps": 300, "eval_every": 100, "learning_rate": 3e-3, "dropout": 0.0})
     sarm = training.new_reward_model(config, dataset, embeddings, labels).sarm
-    curve = training.train(
-        sarm, sampler, training.validator(dataset, labels, sampler.store), settings, 0, "cpu", tmp_path
-    )
+    validate = training.validator(dataset, labels, sampler.store)
+    curve = [
+        line for line in training.train(sarm, sampler, validate, settings, 0, "cpu", tmp_path).log if "val_mse" in line
+    ]
     assert curve[-1]["val_mse"] < 0.02 < curve[0]["val_mse"] or curve[-1]["val_mse"] < 0.01
 
 

@@ -32,11 +32,21 @@ def vlm(tmp_path_factory):
 # --- the question ---------------------------------------------------------------------------------------------------
 
 
-@given(st.integers(2, 5000), st.sampled_from([5, 10, 24, 30, 40, 80]), st.floats(0.1, 60), st.integers(2, 200))
-def test_the_first_and_the_last_frame_are_shown(length, fps, frames_per_second, max_frames):
+@given(
+    st.integers(1, 5000),
+    st.sampled_from([4, 5, 10, 12, 15, 24, 25, 30, 40, 50]),
+    st.floats(0.1, 10),
+    st.integers(2, 200),
+)
+def test_frames_are_shown_from_first_to_last_under_their_true_times(length, fps, frames_per_second, max_frames):
     frames = question.frames_to_show(length, fps, frames_per_second, max_frames)
-    assert frames[0] == 0 and frames[-1] == length - 1
+    assert frames[0] == 0 and length - 1 - fps / 10 - 0.5 <= frames[-1] <= length - 1
     assert frames == sorted(set(frames)) and len(frames) <= max_frames
+    said = [float(re.fullmatch(r"<([0-9.]+) seconds>", question.stamp(frame, fps))[1]) for frame in frames]
+    off = max(abs(time - frame / fps) for time, frame in zip(said, frames))
+    assert off <= min(0.05, 0.5 / fps) + 1e-9 and (fps % 10 or off < 1e-9)
+    apart = [b - a for a, b in itertools.pairwise(frames)] or [0]
+    assert max(apart) - min(apart) <= 0.2 * fps + 2  # evenly: each to half a tenth and half a frame
 
 
 def test_a_short_episode_is_asked_finely_and_a_long_one_within_a_second():
@@ -210,7 +220,8 @@ def test_frames_reach_the_model_with_their_true_times(vlm):
     for row, (indices, frames) in enumerate(clips):
         text = tokenizer.decode(inputs["input_ids"][row])
         stamps = re.findall(r"<([0-9.]+) seconds><\|vision_start\|>(?:<\|video_pad\|>)+<\|vision_end\|>", text)
-        assert stamps == [f"{index / 30:.1f}" for index in indices]
+        assert [float(stamp) for stamp in stamps] == pytest.approx([index / 30 for index in indices])
+        assert [f"<{stamp} seconds>" for stamp in stamps] == [question.stamp(index, 30) for index in indices]
         assert text.count("<|video_pad|>") == counts[row] * per_frame // 4
         assert f'"{dataset.tasks[row]}"' in text and text.endswith("<|im_start|>assistant\n")
         grey = (pixels[sum(counts[:row]) :][: counts[row]] + 1) * 127.5
@@ -276,12 +287,28 @@ def test_an_invalid_answer_is_asked_for_again_and_then_a_failure(vlm, monkeypatc
     failures = [result for result in results if isinstance(result, Failure)]
     assert failures and len(failures) < len(results)
     assert all("no valid answer in 2 tries; the last: " in failure.reason for failure in failures)
+    refused = 0
     for result in results:
-        if isinstance(result, Annotation):
+        episode, answers = dataset.episodes[result.episode], result.provenance["answers"]
+        failed = isinstance(result, Failure)
+        if not failed:
             annotations.validate(result, VOCABULARY)
-            for head, said in result.provenance["answers"].items():
-                tries = len(said["refused"])
-                assert said["seed"] == asked.try_seed(asked.question(dataset.episodes[result.episode], head), tries)
+        for head, said in answers.items():
+            question_ = asked.question(episode, head)
+            assert said["prompt"] == question_.prompt
+            for attempt, wrong in enumerate(said["refused"]):
+                assert wrong["seed"] == asked.try_seed(question_, attempt)
+                with pytest.raises(AnnotationError) as error:
+                    question_.parse(wrong["answer"])
+                assert wrong["reason"] == str(error.value)
+                refused += 1
+            if said["answer"] is not None:
+                assert question_.parse(said["answer"])
+                assert said["seed"] == asked.try_seed(question_, len(said["refused"]))
+        assert failed == (None in [said["answer"] for said in answers.values()])
+        assert failed or set(answers) == set(VOCABULARY)
+        assert json.loads(json.dumps(result.provenance)) == result.provenance
+    assert refused > 2 * len(failures)  # of annotated episodes too
 
 
 def test_one_bad_episode_fails_alone(vlm):

@@ -291,10 +291,35 @@ def test_what_no_longer_fits_is_said(opened, annotations, tmp_path):
     scrubber = Scrubber(opened, annotations, NAMES, corrections=path)
     assert scrubber.states == {"0": "unfit", "1": "outdated"}
     scrubber.show_episode(0)
-    assert "leaves the episode's 14 frames" in scrubber.status
+    assert "leaves the episode's 14 frames" in scrubber.status and "cannot be shown" in scrubber.status
     assert scrubber.segments["dense"][0] == ["reach", 0, 4]
     scrubber.show_episode(1)
     assert "look again" in scrubber.status
+
+
+def test_it_opens_on_corrections_that_no_longer_fit_and_shows_them_as_drafts(opened, annotations, tmp_path):
+    """A renamed subtask: the segments of the fix are there to be mended, and the file is as it was until then."""
+    path = tmp_path / "corrections.yaml"
+    end = LENGTHS[2] - 1
+    for episode in (0, 2):
+        length = LENGTHS[episode]
+        fixed = (Segment("reach", 0, 6), Segment("clasp", 7, 8), Segment("lift", 9, length - 1))
+        if episode == 0:
+            fixed = (Segment("reach", 0, 6), Segment("lift", 7, length - 1))
+        record_correction(path, opened, of_now(annotations[episode], "fix", {"dense": fixed}, why="late"))
+    before = path.read_text()
+    scrubber = Scrubber(opened, annotations, NAMES, order=[0, 2], corrections=path)
+    view = View(scrubber)
+    assert scrubber.states == {"0": "fixed", "2": "unfit, edited"} and scrubber.episode == 2
+    assert view.dense == [["reach", 0, 6], ["clasp", 7, 8], ["lift", 9, end]] and scrubber.why == "late"
+    assert "unknown subtask 'clasp'" in scrubber.status and "shown as a draft" in scrubber.status
+    view("fix")
+    assert "unknown subtask 'clasp'" in scrubber.error and path.read_text() == before
+    view("rename", frame=7, number=2)
+    view("fix")
+    assert scrubber.states == {"0": "fixed", "2": "fixed"}
+    assert read_corrections(path, opened)[1].segments["dense"][1] == Segment("grasp", 7, 8)
+    assert Scrubber(opened, annotations, NAMES, order=[0, 2], corrections=path).states == scrubber.states
 
 
 def test_verdicts_that_contradict_what_is_shown_are_refused(view, scrubber, tmp_path):
@@ -363,6 +388,36 @@ def test_marking_starts_with_the_vocabulary_spread_evenly(opened, annotations, t
     assert again.segments["dense"][0] == ["reach", 0, 4]
     View(again)("withdraw")
     assert read_marks(path, opened, NAMES) == []
+
+
+def test_what_nobody_said_is_not_saved(opened, annotations, tmp_path):
+    """A stray `f` on subtasks that are only spread evenly, in both modes."""
+    for way, state in (("marks", "marked"), ("corrections", "fixed")):
+        path = tmp_path / f"{way}.yaml"
+        scrubber = Scrubber(opened, [], NAMES, order=[3, 0], **{way: path})
+        view = View(scrubber)
+        view("fix")
+        assert "nobody has said this" in scrubber.error and not path.exists()
+        view("move", head="dense", boundary=0, at=5)
+        view("undo")
+        view("fix")
+        assert "nobody has said this" in scrubber.error and not path.exists()
+        view("move", head="dense", boundary=0, at=5)
+        view("fix")
+        assert scrubber.states == {"3": state} and path.exists()
+
+
+def test_marking_starts_with_what_the_annotator_says(opened, annotations, tmp_path):
+    path = tmp_path / "marks.yaml"
+    scrubber = Scrubber(opened, annotations, NAMES, order=[3, 7], marks=path)
+    view = View(scrubber)
+    assert view.dense == [["reach", 0, 4], ["grasp", 5, 8], ["lift", 9, 19]]
+    assert scrubber.boundaries["dense"][0][-1] == 0.3  # and how sure it is
+    view("fix")  # a person looked, and it is right
+    view("show_episode", episode=7)
+    assert view.dense[0] == ["reach", 0, 4]  # not annotated: spread
+    (mark,) = read_marks(path, opened, NAMES)
+    assert (mark.episode, mark.dense) == (3, annotations[3].dense)
 
 
 # --- without a browser ------------------------------------------------------------------------------------------------

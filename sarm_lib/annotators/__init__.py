@@ -7,12 +7,16 @@
     dataset     labels that the dataset already carries
     manual      the marked episodes, nothing else
 
-`run` saves each episode as soon as it is finished, so that a killed run goes on where it was.
+`run` saves each episode as soon as it is finished, so that a killed run goes on where it was. Its folder has
+
+    000003.json          an episode's annotation
+    failed/000003.json   why it could not be annotated, with what was asked and answered; it is asked again
+    again/000003.json    of a run with `skip_existing: false` that is not finished; in the end they replace the older ones
 """
 
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -20,7 +24,7 @@ from tqdm.auto import tqdm
 
 from sarm_lib import annotations, corrections
 from sarm_lib.annotations import Annotation, AnnotationError
-from sarm_lib.artifacts import digest, remove
+from sarm_lib.artifacts import digest, remove, write_json
 from sarm_lib.dataset import Dataset, Episode, fingerprint
 
 log = logging.getLogger("sarm")
@@ -28,10 +32,11 @@ log = logging.getLogger("sarm")
 
 @dataclass(frozen=True)
 class Failure:
-    """An episode that could not be annotated, and why."""
+    """An episode that could not be annotated, and why. provenance: what was asked and answered, JSON values."""
 
     episode: int
     reason: str
+    provenance: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
 class Annotator(Protocol):
@@ -46,9 +51,8 @@ class Annotator(Protocol):
 
 def from_params(params, dataset: Dataset, *, name: str | None = None, seed: int | None = None) -> Annotator:
     """The annotator that `params.annotate` names (or `name`). Raises AnnotationError for what it needs and does not have."""
-    if params.annotate.visualize_only:
-        return Existing(_from_params(params, dataset, name or params.annotate.annotator, seed))
-    return _from_params(params, dataset, name or params.annotate.annotator, seed)
+    annotator = _from_params(params, dataset, name or params.annotate.annotator, seed)
+    return Existing(annotator) if params.annotate.visualize_only else annotator
 
 
 def _from_params(params, dataset: Dataset, name: str, seed: int | None) -> Annotator:
@@ -86,7 +90,15 @@ def _from_params(params, dataset: Dataset, name: str, seed: int | None) -> Annot
     if name == "server":
         from sarm_lib.annotators.server import ServerAnnotator
 
-        return ServerAnnotator(dataset, names, url=options.server_url, in_flight=options.requests_in_flight, **asked)
+        return ServerAnnotator(
+            dataset,
+            names,
+            url=options.server_url,
+            in_flight=options.requests_in_flight,
+            timeout=options.server_timeout,
+            use_grammar=options.server_grammar,
+            **asked,
+        )
     from sarm_lib.annotators.vlm import VlmAnnotator
     from sarm_lib.dataset import pick_device
 
@@ -96,12 +108,17 @@ def _from_params(params, dataset: Dataset, name: str, seed: int | None) -> Annot
 
 
 def second_from_params(params, dataset: Dataset) -> Annotator | None:
-    """The annotator that `annotate.second_opinion` names, with another seed if it is the first one; None for none."""
+    """The annotator that `annotate.second_opinion` names, with another seed if it is the first one; None for none.
+
+    Where it lacks what it needs, every episode is its failure: the pipeline can do without it.
+    """
     options = params.annotate
     if options.second_opinion is None or params.base.annotation_mode == "single_stage":
         return None
     other_seed = params.base.seed + 1 if options.second_opinion == options.annotator else None
-    return from_params(params, dataset, name=options.second_opinion, seed=other_seed)
+    name = options.second_opinion
+    second = SecondOpinion(name, lambda: _from_params(params, dataset, name, other_seed))
+    return Existing(second) if options.visualize_only else second
 
 
 class SingleStage:
@@ -135,61 +152,120 @@ def run(
     *,
     episodes: Sequence[Episode] | None = None,
     skip_existing: bool = True,
+    marks: Sequence[Annotation] = (),
 ) -> tuple[list[Annotation], list[Failure]]:
     """Annotate `episodes` (all, by default); each result is saved in `work` at once, under the hash of what decides it.
 
-    With `skip_existing` episodes that an earlier, perhaps killed, run finished are not asked again. An annotation that
-    breaks a rule of the gate is a failure, never stored.
+    With `skip_existing` episodes that an earlier, perhaps killed, run finished are not asked again; without, only those
+    that a killed run of this kind finished. An annotation that breaks a rule of the gate is a failure, never stored.
+    marks: where an episode fails, its mark is its annotation; the file of the failure stays.
     """
     episodes = list(dataset.episodes if episodes is None else episodes)
-    folder = work / digest(annotator.identity, vocabulary, fingerprint(dataset.root))
-    if not skip_existing:
-        remove(folder)
+    folder = _folder(annotator, dataset, vocabulary, work)
+    answers = _answers(annotator, folder, skip_existing)
+    done = {a.episode: a for a in annotations.load(answers, vocabulary, dataset)}
+    todo = [episode for episode in episodes if episode.index not in done]
     lengths = {episode.index: episode.length for episode in dataset.episodes}
-    done = {a.episode: a for a in annotations.load(folder, vocabulary, dataset)} if folder.exists() else {}
-    failures: list[Failure] = []
-    waiting = [episode for episode in episodes if episode.index not in done]
-    bar = tqdm(total=len(waiting), desc=annotator.identity["annotator"], unit="episode", mininterval=5)
-    for result in annotator.annotate(waiting) if waiting else ():
+    failures: dict[int, Failure] = {}
+    bar = tqdm(total=len(todo), desc=annotator.identity["annotator"], unit="episode", mininterval=5)
+    for result in annotator.annotate(todo) if todo else ():
+        result = _through_the_gate(result, vocabulary, lengths[result.episode])
+        failed = folder / "failed" / annotations.file_name(result.episode)
         if isinstance(result, Annotation):
-            try:
-                annotations.validate(result, vocabulary, lengths[result.episode])
-            except AnnotationError as error:
-                result = Failure(result.episode, str(error))
-            else:
-                annotations.save_one(folder, result, vocabulary)
-                done[result.episode] = result
-        if isinstance(result, Failure):
-            log.warning("episode %d is not annotated: %s", result.episode, result.reason)
-            failures.append(result)
+            annotations.save_one(answers, result, vocabulary)
+            remove(failed)
+            done[result.episode] = result
+        else:
+            if result.reason not in {failure.reason for failure in failures.values()}:  # the same is said once
+                log.warning("episode %d is not annotated: %s", result.episode, result.reason)
+            if not isinstance(annotator, Existing):
+                write_json(failed, asdict(result))
+            failures[result.episode] = result
         bar.update()
     bar.close()
+    if answers != folder:
+        for path in answers.glob("*.json"):
+            path.replace(folder / path.name)
+        remove(answers)
+    for mark in marks:
+        if failures.pop(mark.episode, None):
+            done[mark.episode] = mark
     wanted = {episode.index for episode in episodes}
-    return [done[i] for i in sorted(done) if i in wanted], failures
+    return [done[i] for i in sorted(done) if i in wanted], [failures[i] for i in sorted(failures)]
+
+
+def waiting(
+    annotator: Annotator,
+    dataset: Dataset,
+    vocabulary: dict[str, list[str]],
+    work: Path,
+    *,
+    episodes: Sequence[Episode] | None = None,
+    skip_existing: bool = True,
+) -> list[Episode]:
+    """Episodes about which `run` would ask the annotator."""
+    answers = _answers(annotator, _folder(annotator, dataset, vocabulary, work), skip_existing)
+    episodes = dataset.episodes if episodes is None else episodes
+    return [episode for episode in episodes if not (answers / annotations.file_name(episode.index)).exists()]
+
+
+def _folder(annotator: Annotator, dataset: Dataset, vocabulary: dict[str, list[str]], work: Path) -> Path:
+    return work / digest(annotator.identity, vocabulary, fingerprint(dataset.root))
+
+
+def _answers(annotator: Annotator, folder: Path, skip_existing: bool) -> Path:
+    """Where the answers of a run are, and those of a killed one that it continues."""
+    return folder if skip_existing or isinstance(annotator, Existing) else folder / "again"
+
+
+def _through_the_gate(
+    result: Annotation | Failure, vocabulary: dict[str, list[str]], length: int
+) -> Annotation | Failure:
+    if isinstance(result, Annotation):
+        try:
+            annotations.validate(result, vocabulary, length)
+        except AnnotationError as error:
+            return Failure(result.episode, str(error), result.provenance)
+    return result
 
 
 def estimate(annotator: Annotator, episodes: Sequence[Episode]) -> str:
-    """What annotating will need, where the annotator can tell before it starts."""
+    """What annotating `episodes` will need, where the annotator can tell before it starts."""
+    if not episodes:
+        return "nothing is left to annotate"
     return str(annotator.estimate(episodes)) if hasattr(annotator, "estimate") else "seconds, no GPU"
 
 
 def require(failures: list[Failure], allowed: bool) -> None:
     """Raise AnnotationError with every failure and its reason, unless the parameters allow them."""
-    if failures and not allowed:
-        reasons = "\n".join(f"  episode {f.episode}: {f.reason}" for f in failures)
-        raise AnnotationError(
-            f"{len(failures)} episodes are not annotated:\n{reasons}\n"
-            "What is annotated is kept: run again, mark them by hand, or set annotate.allow_failed: true."
-        )
+    if not failures or allowed:
+        return
+    by_reason: dict[str, list[int]] = {}
+    for failure in failures:
+        by_reason.setdefault(failure.reason, []).append(failure.episode)
+    reasons = "\n".join(
+        f"  episode{'s' * (len(which) > 1)} {', '.join(map(str, which))}: {reason}"
+        for reason, which in by_reason.items()
+    )
+    raise AnnotationError(
+        f"{len(failures)} episodes are not annotated:\n{reasons}\n"
+        "What is annotated is kept. Mend the cause and run again; or mark these episodes in notebook 01: a mark stands in "
+        "for an annotation that failed. A model that gave no valid answer is asked with further seeds where "
+        "annotate.max_attempts is larger. To go on without them: annotate.allow_failed: true."
+    )
 
 
 def select(dataset: Dataset, wanted: list[int] | None) -> list[Episode]:
-    """The guide's `episodes`: these, or all. Raises AnnotationError for one that is not there."""
+    """The guide's `episodes`: these, or all for None. Raises AnnotationError for one that is not there, and for none."""
+    if wanted is None:
+        return list(dataset.episodes)
+    if not wanted:
+        raise AnnotationError("annotate.episodes: names no episode; null means all")
     by_index = {episode.index: episode for episode in dataset.episodes}
-    for index in wanted or ():
+    for index in wanted:
         if index not in by_index:
             raise AnnotationError(f"annotate.episodes: the dataset, as it is used here, has no episode {index}")
-    return [by_index[i] for i in wanted] if wanted else list(dataset.episodes)
+    return [by_index[index] for index in dict.fromkeys(wanted)]
 
 
 def suggest(params, dataset: Dataset, count: int) -> list[int]:
@@ -211,3 +287,33 @@ class Existing:
     def annotate(self, episodes: Sequence[Episode]) -> Iterator[Failure]:
         for episode in episodes:
             yield Failure(episode.index, "not annotated yet, and annotate.visualize_only is set")
+
+    def estimate(self, episodes: Sequence[Episode]) -> str:
+        return "nothing: annotate.visualize_only is set"
+
+
+class SecondOpinion:
+    """Stands for an annotator that the pipeline can do without: where it raises AnnotationError, what it has not
+    annotated by then fails for that reason."""
+
+    def __init__(self, name: str, make: Callable[[], Annotator]) -> None:
+        self.identity, self.annotator, self.refusal = {"annotator": name}, None, None
+        try:
+            self.annotator = make()
+            self.identity = self.annotator.identity
+        except AnnotationError as error:
+            self.refusal = error
+
+    def annotate(self, episodes: Sequence[Episode]) -> Iterator[Annotation | Failure]:
+        missing = {episode.index for episode in episodes}
+        try:
+            if self.refusal:
+                raise self.refusal
+            for result in self.annotator.annotate(episodes):
+                missing.discard(result.episode)
+                yield result
+        except AnnotationError as error:
+            yield from (Failure(index, str(error)) for index in sorted(missing))
+
+    def estimate(self, episodes: Sequence[Episode]) -> str:
+        return f"nothing: {self.refusal}" if self.refusal else estimate(self.annotator, episodes)

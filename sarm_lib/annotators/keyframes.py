@@ -17,7 +17,7 @@ from scipy.signal import find_peaks
 from sarm_lib.agreement import segments_of
 from sarm_lib.annotations import SINGLE_STAGE, Annotation, AnnotationError, whole_episode
 from sarm_lib.annotators.sequences import Chain, best_path, chain, standardised, velocity
-from sarm_lib.artifacts import code_digest
+from sarm_lib.artifacts import code_digest, digest
 from sarm_lib.dataset import Dataset, Episode, rows_of
 
 REACH = 0.1  # seconds before and after a frame over which motion is compared
@@ -28,7 +28,8 @@ FLOOR = 0.1  # least standard deviation of a Gaussian, in standardised units
 
 
 class KeyframeAnnotator:
-    """Annotates any dataset with states. Raises AnnotationError where an episode is too short for the vocabulary."""
+    """Annotates any dataset with states. Raises AnnotationError where every training episode is too short for the
+    vocabulary."""
 
     def __init__(self, dataset: Dataset, vocabulary: dict[str, list[str]]) -> None:
         self.dataset, self.vocabulary = dataset, vocabulary
@@ -36,6 +37,7 @@ class KeyframeAnnotator:
             "annotator": "keyframes",
             "code": code_digest("annotators.keyframes"),
             "state_key": dataset.state_key,
+            "training": digest([episode.index for episode in dataset.split("train")]),
         }
 
     def annotate(self, episodes: Sequence[Episode]) -> Iterator[Annotation]:
@@ -52,14 +54,14 @@ class KeyframeAnnotator:
 
     def _fit(self, names: list[str], signals: np.ndarray) -> tuple[Chain, np.ndarray, np.ndarray]:
         """Chain, means (K, D) and standard deviations (K, D) of the subtasks, in turns with the labels."""
-        training, count = self.dataset.split("train"), len(names)
+        count = len(names)
         order = np.arange(count)
-        short = sorted(training, key=lambda e: e.length)[: max(1, len(training) // 4)]
-        if short[0].length < 2 * count:
+        training = [e for e in self.dataset.split("train") if e.length >= 2 * count]  # others cannot show every subtask
+        if not training:
             raise AnnotationError(
-                f"episode {short[0].index} has {short[0].length} frames: too short for {count} subtasks; "
-                "use fewer names, or leave the episode out (annotate.episodes)"
+                f"keyframes: no training episode has {2 * count} frames, which {count} subtasks need; use fewer names"
             )
+        short = sorted(training, key=lambda e: e.length)[: max(1, len(training) // 4)]
         pieces = {e.index: (signals[e.rows], keyframes(signals[e.rows], self.dataset.fps)) for e in training}
         used, labels = short, [_equal_parts(signals[e.rows], count) for e in short]
         model = chain([], order)

@@ -62,8 +62,15 @@ class PropagateAnnotator:
             "marks": digest([[m.episode, *(str(m.head(h)) for h in self.heads)] for m in self.marks]),
             "encoder": embeddings.encoder_identity,
             "cameras": sorted(embeddings.cameras),
+            "state_key": dataset.state_key,
+            "training": digest(sorted(training)),
             "seed": seed,
         }
+
+    @property
+    def members(self) -> range:
+        """Seeds of the ensemble; two annotators of different seeds share none."""
+        return range(self.seed * MEMBERS, (self.seed + 1) * MEMBERS)
 
     def annotate(self, episodes: Sequence[Episode]) -> Iterator[Annotation]:
         """Marked episodes as they were marked, all others decoded; both heads, with confidences."""
@@ -73,7 +80,7 @@ class PropagateAnnotator:
         order = np.array([[self.names[h].index(n) for h, n in zip(self.heads, s)] for s in states])
         model = chain(list(labels.values()), np.lexsort(order.T).argsort())
         with one_thread():
-            ensemble = [train(examples, len(states), self.seed + i) for i in range(MEMBERS)]
+            ensemble = [train(examples, len(states), seed) for seed in self.members]
         marked = {mark.episode: mark for mark in self.marks}
         for episode in episodes:
             if episode.index in marked:

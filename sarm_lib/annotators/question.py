@@ -9,7 +9,7 @@ import io
 import json
 import math
 import reprlib
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from decimal import Decimal
 from fractions import Fraction
 from functools import cached_property
@@ -50,10 +50,21 @@ Answer with JSON only, in this form:
 
 
 def frames_to_show(length: int, fps: float, frames_per_second: float, max_frames: int) -> list[int]:
-    """Evenly spread frame indices, the first and the last always among them."""
+    """Evenly spread frame indices, from the first one to the last at a whole tenth of a second.
+
+    Qwen3-VL is told a frame's time with one decimal. Of all frames only those nearest to whole tenths are shown, so that
+    this time is true: to half a frame, and exactly where fps is a multiple of ten.
+    """
+    ticks = min(Fraction(10), Fraction(fps))  # a second; of fewer frames a second each may be shown
+    last = math.floor(Fraction(length - 1) / Fraction(fps) * ticks)
     count = 1 + math.floor((length - 1) / fps * frames_per_second)
     count = max(2, min(count, max_frames))
-    return sorted({round(i) for i in np.linspace(0, length - 1, count).tolist()})
+    return sorted({round(round(i) * Fraction(fps) / ticks) for i in np.linspace(0, last, count).tolist()})
+
+
+def stamp(frame: int, fps: float) -> str:
+    """A frame's time as Qwen3-VL's own processor writes it."""
+    return f"<{frame / fps:.1f} seconds>"
 
 
 @dataclass(frozen=True)
@@ -257,14 +268,46 @@ class Question:
         return parse(text, self.names, self.episode.length, self.fps)
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What a model said to a question, and why its tries before were refused."""
+@dataclass
+class Interview:
+    """A question and what a model said to it, try by try, until an answer was valid.
 
-    segments: tuple[Segment, ...]
-    text: str
-    seed: int
-    refused: tuple[str, ...] = ()
+    segments, answer, seed: of the valid answer; None before there is one. refused: the tries before it, each with its
+    answer, seed and the reason.
+    """
+
+    question: Question
+    segments: tuple[Segment, ...] | None = None
+    answer: str | None = None
+    seed: int | None = None
+    refused: list[dict[str, Any]] = field(default_factory=list)
+
+    def hear(self, text: str, seed: int, *, cut_off: bool = False) -> None:
+        """Take an answer, or refuse it with the reason."""
+        try:
+            if cut_off:
+                raise AnnotationError("the answer was cut off: it is too long for the server")
+            self.segments = self.question.parse(text)
+        except AnnotationError as error:
+            self.refused.append({"answer": text, "seed": seed, "reason": str(error)})
+        else:
+            self.answer, self.seed = text, seed
+
+    @property
+    def complaint(self) -> str:
+        """Why there is no valid answer."""
+        last = self.refused[-1]["reason"]
+        return f"{self.question.head}: no valid answer in {len(self.refused)} tries; the last: {last}"
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """JSON values for the provenance."""
+        return {
+            "prompt": self.question.prompt,
+            "answer": self.answer,
+            "seed": self.seed,
+            "refused": self.refused,
+        }
 
 
 @dataclass
@@ -324,30 +367,27 @@ class Interviewer:
     def try_temperature(self, attempt: int) -> float:
         return self.temperature if attempt == 0 else self.temperature or RETRY_TEMPERATURE
 
-    def annotation(self, episode: Episode, answers: dict[str, Answer]) -> Annotation:
-        """The annotation from the answers of the heads that were asked. Raises AnnotationError where it is not valid."""
-        heads = {h: answers[h].segments if h in answers else whole_episode(episode) for h in self.vocabulary}
-        said = {
-            head: {
-                "prompt": self.question(episode, head).prompt,
-                "answer": answer.text,
-                "seed": answer.seed,
-                "refused": list(answer.refused),
-            }
-            for head, answer in answers.items()
-        }
-        times = [round(i / self.dataset.fps, 4) for i in self.shown(episode)] if answers else []
-        provenance = {**self.identity, "video_key": self.camera, "frame_times": times, "answers": said}
-        found = Annotation(
-            episode.index,
-            episode.length,
-            self.name,
-            heads.get("sparse"),
-            heads.get("dense"),
-            provenance=provenance,
-        )
+    def annotation(self, episode: Episode, held: dict[str, Interview]) -> Annotation:
+        """The annotation from the interviews, by head. Raises AnnotationError where it is not valid."""
+        heads = {h: held[h].segments if h in held else whole_episode(episode) for h in self.vocabulary}
+        sparse, dense = heads.get("sparse"), heads.get("dense")
+        provenance = self.provenance(episode, held)
+        found = Annotation(episode.index, episode.length, self.name, sparse, dense, provenance=provenance)
         validate(found, self.vocabulary, episode.length)
         return found
+
+    def provenance(self, episode: Episode, held: dict[str, Interview]) -> dict[str, Any]:
+        """What was asked and answered, JSON values."""
+        times = [round(i / self.dataset.fps, 4) for i in self.shown(episode)] if held else []
+        said = {head: interview.record for head, interview in held.items()}
+        return {**self.identity, "video_key": self.camera, "frame_times": times, "answers": said}
+
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """Height and width of the camera's pictures."""
+        feature = self.dataset.features[self.camera]
+        shape = dict(zip(feature["names"], feature["shape"]))
+        return shape["height"], shape["width"]
 
 
 def jpeg(frame: np.ndarray) -> bytes:

@@ -5,9 +5,13 @@
     data            subtask_index, an index into meta/subtasks.parquet a frame
 
 Episode columns say which head they are of; labels of frames go to the head whose vocabulary has all their names.
+LeRobot's own tool answers in whole seconds: a segment ends at the frame where the next one starts, the last one perhaps
+after the video. These ends are taken for the first frame after the segment; what overlaps beyond that is for the gate.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -84,10 +88,20 @@ def _episode_columns(dataset: Dataset, head: str) -> Labels:
                     (n, round(s * frame), round(e * frame))
                     for n, s, e in zip(row[names], row[start_times], row[end_times])
                 )
-            labels[int(row["episode_index"])] = tuple(Segment(str(n), int(s), int(e)) for n, s, e in bounds)
+            segments = [Segment(str(n), int(s), int(e)) for n, s, e in bounds]
+            labels[int(row["episode_index"])] = _closed(segments, int(row["length"]))
         if labels:
             return labels
     return {}
+
+
+def _closed(segments: list[Segment], length: int) -> tuple[Segment, ...]:
+    """Segments whose `end` is their last frame, also where it was the next one's first or lay behind the episode."""
+    closed = [
+        replace(this, end=this.end - 1) if this.end == after.start else this
+        for this, after in itertools.pairwise(segments)
+    ]
+    return (*closed, replace(segments[-1], end=min(segments[-1].end, length - 1)))
 
 
 def _language(dataset: Dataset) -> Labels:

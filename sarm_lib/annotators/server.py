@@ -2,7 +2,8 @@
 
 The server is asked for JSON of a schema. A schema cannot say that times increase, so an answer that is not valid is
 asked for again, with another seed and with what was wrong. vLLM also takes the whole grammar (`use_grammar`), with
-which every answer is valid. Rate limits, failures of the server and lost connections are tried again, later and later.
+which every answer is valid. Failures of the server and lost connections are tried again, later and later; where it says
+that there are too many requests, all wait.
 """
 
 import asyncio
@@ -19,8 +20,12 @@ import numpy as np
 
 from sarm_lib.annotations import Annotation, AnnotationError
 from sarm_lib.annotators import Failure
-from sarm_lib.annotators.question import Answer, Interviewer, Question, jpeg
+from sarm_lib.annotators.question import Interview, Interviewer, Question, jpeg, stamp
 from sarm_lib.dataset import Episode
+
+TOO_MANY = (429, 503)  # requests: the answers of a rate limit, and of a server that is full
+LONGEST_PAUSE = 120.0  # seconds
+JPEG_BYTES = 0.35 * 4 / 3  # of a pixel, as base64
 
 
 @dataclass(kw_only=True)
@@ -37,6 +42,17 @@ class ServerAnnotator(Interviewer):
     @property
     def identity(self) -> dict[str, Any]:
         return {**super().identity, "use_grammar": self.use_grammar}
+
+    def estimate(self, episodes: Sequence[Episode]) -> str:
+        """What will be sent; how long it takes is the server's affair."""
+        pictures = [len(self.shown(episode)) for episode in episodes]
+        height, width = self.picture_size
+        size, heads = height * width * JPEG_BYTES / 1e6, len(self.asked)
+        return (
+            f"Estimate for {self.model}: {heads * len(episodes):,} requests or more, {self.in_flight} at once, with "
+            f"{heads * sum(pictures):,} pictures in all: about {heads * sum(pictures) * size:,.1f} MB to send, up to "
+            f"{max(pictures, default=0) * size:.1f} MB a request; the time depends on the server"
+        )
 
     def annotate(self, episodes: Sequence[Episode]) -> Iterator[Annotation | Failure]:
         """Yield each episode's result when it is there. Raises AnnotationError where the server is not."""
@@ -73,7 +89,9 @@ class ServerAnnotator(Interviewer):
         import openai
 
         limit = asyncio.Semaphore(self.in_flight)  # of episodes, which ask one request after the other
+        pace = _Pace()
         async with openai.AsyncOpenAI(
+            http_client=openai.DefaultAsyncHttpxClient(event_hooks={"request": [pace.wait], "response": [pace.hear]}),
             base_url=self.url,
             api_key=os.environ.get("OPENAI_API_KEY") or "none",
             timeout=self.timeout,
@@ -125,26 +143,30 @@ class ServerAnnotator(Interviewer):
         import openai
 
         refusals = (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError)
+        held: dict[str, Interview] = {}
         try:
             frames = await asyncio.to_thread(self.frames, episode) if self.asked else np.empty(0)
-            answers = {head: await self._ask(client, self.question(episode, head), frames) for head in self.asked}
-            return self.annotation(episode, answers)
+            for head in self.asked:
+                held[head] = Interview(self.question(episode, head))
+                await self._hold(client, held[head], frames)
+            return self.annotation(episode, held)
         except openai.APITimeoutError:
-            return Failure(episode.index, f"no answer within {self.timeout:g} seconds")
+            reason = f"no answer within {self.timeout:g} seconds (annotate.server_timeout)"
         except (openai.APIConnectionError, *refusals):
             raise
         except Exception as error:
-            return Failure(episode.index, f"{type(error).__name__}: {error}")
+            reason = f"{type(error).__name__}: {error}"
+        return Failure(episode.index, reason, self.provenance(episode, held))
 
-    async def _ask(self, client, question: Question, frames: np.ndarray) -> Answer:
-        """The first valid answer. Raises AnnotationError where there is none in `max_attempts` tries."""
-        refused: tuple[str, ...] = ()
-        text = ""
+    async def _hold(self, client, interview: Interview, frames: np.ndarray) -> None:
+        """Ask until an answer is valid. Raises AnnotationError where none is in `max_attempts` tries."""
+        question = interview.question
         for attempt in range(self.max_attempts):
             messages = [{"role": "user", "content": await asyncio.to_thread(self.content, question, frames)}]
-            if refused:
-                again = f"This answer is not valid: {refused[-1]}. Answer again, with JSON only."
-                messages += [{"role": "assistant", "content": text}, {"role": "user", "content": again}]
+            if interview.refused:
+                last = interview.refused[-1]
+                again = f"This answer is not valid: {last['reason']}. Answer again, with JSON only."
+                messages += [{"role": "assistant", "content": last["answer"]}, {"role": "user", "content": again}]
             seed = self.try_seed(question, attempt)
             reply = await client.chat.completions.create(
                 model=self.model,
@@ -155,20 +177,17 @@ class ServerAnnotator(Interviewer):
             )
             choice = reply.choices[0] if reply.choices else None
             text = (choice and choice.message.content) or ""
-            try:
-                if choice and choice.finish_reason == "length":
-                    raise AnnotationError("the answer was cut off: it is too long for the server")
-                return Answer(question.parse(text), text, seed, refused)
-            except AnnotationError as error:
-                refused += (str(error),)
-        raise AnnotationError(f"{question.head}: no valid answer in {self.max_attempts} tries; the last: {refused[-1]}")
+            interview.hear(text, seed, cut_off=bool(choice) and choice.finish_reason == "length")
+            if interview.segments is not None:
+                return
+        raise AnnotationError(interview.complaint)
 
     def content(self, question: Question, frames: np.ndarray) -> list[dict]:
         """The question as parts of a message: each frame after its time, as Qwen3-VL writes it, then the text."""
         parts = []
         for index, frame in zip(self.shown(question.episode), frames):
             picture = f"data:image/jpeg;base64,{base64.b64encode(jpeg(frame)).decode()}"
-            parts.append({"type": "text", "text": f"<{index / question.fps:.1f} seconds>"})
+            parts.append({"type": "text", "text": stamp(index, question.fps)})
             parts.append({"type": "image_url", "image_url": {"url": picture}})
         return [*parts, {"type": "text", "text": question.prompt}]
 
@@ -177,3 +196,32 @@ class ServerAnnotator(Interviewer):
             return {"extra_body": {"structured_outputs": {"grammar": question.grammar}}}
         schema = {"name": "segments", "strict": True, "schema": question.json_schema}
         return {"response_format": {"type": "json_schema", "json_schema": schema}}
+
+
+class _Pace:
+    """One pause for all requests: while the server has too many, none is sent, whoever was told so."""
+
+    def __init__(self) -> None:
+        self.over = 0.0  # when the pause is over, in the event loop's time
+        self.pauses = 0  # since a request came through
+
+    async def wait(self, request) -> None:
+        """Before a request is sent."""
+        loop = asyncio.get_running_loop()
+        while (left := self.over - loop.time()) > 0:
+            await asyncio.sleep(left)
+
+    async def hear(self, response) -> None:
+        """After each answer. A pause lasts as long as the server asks for, else longer from one to the next."""
+        now, asked_for = asyncio.get_running_loop().time(), None
+        if response.status_code not in TOO_MANY:
+            self.pauses = 0
+            return
+        for header, unit in (("retry-after", 1), ("retry-after-ms", 1000)):
+            with suppress(KeyError, ValueError):  # it may also be a date
+                asked_for = float(response.headers[header]) / unit
+        if asked_for is None and now < self.over:  # one of those that were under way when the pause began
+            return
+        pause = 0.5 * 2 ** min(self.pauses, 8) if asked_for is None else asked_for
+        self.over = max(self.over, now + min(pause, LONGEST_PAUSE))
+        self.pauses += 1

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sarm_lib.annotations import Annotation, AnnotationError
 from sarm_lib.annotators import Failure
-from sarm_lib.annotators.question import Answer, Interviewer, Question
+from sarm_lib.annotators.question import Interview, Interviewer, Question
 from sarm_lib.artifacts import digest
 from sarm_lib.dataset import Episode
 
@@ -58,38 +58,41 @@ class VlmAnnotator(Interviewer):
 
     def _annotate(self, episodes: Sequence[Episode]) -> list[Annotation | Failure]:
         """One batch. Where it fails as a whole, each episode alone; what fails then is a Failure."""
+        held: dict[int, dict[str, Interview]] = {episode.index: {} for episode in episodes}
         try:
-            return self._ask(episodes)
+            return self._ask(episodes, held)
         except Exception as error:
             if len(episodes) > 1:
                 log.warning("a batch of %d episodes failed, asking one at a time: %s", len(episodes), error)
                 return [result for episode in episodes for result in self._annotate([episode])]
-            log.debug("episode %d", episodes[0].index, exc_info=True)
-            return [Failure(episodes[0].index, f"{type(error).__name__}: {error}")]
+            (episode,) = episodes
+            log.debug("episode %d", episode.index, exc_info=True)
+            reason = f"{type(error).__name__}: {error}"
+            return [Failure(episode.index, reason, self.provenance(episode, held[episode.index]))]
 
-    def _ask(self, episodes: Sequence[Episode]) -> list[Annotation | Failure]:
+    def _ask(self, episodes: Sequence[Episode], held: dict[int, dict[str, Interview]]) -> list[Annotation | Failure]:
+        """Hold the interviews of a batch, by episode and head, in `held`."""
         frames = {episode.index: self.frames(episode) for episode in episodes} if self.asked else {}
-        answers: dict[int, dict[str, Answer]] = {episode.index: {} for episode in episodes}
         failures: dict[int, Failure] = {}
         for head in self.asked:
-            questions = [self.question(e, head) for e in episodes if e.index not in failures]
-            refused: dict[int, tuple[str, ...]] = {q.episode.index: () for q in questions}
+            interviews = {e.index: Interview(self.question(e, head)) for e in episodes if e.index not in failures}
+            for index, interview in interviews.items():
+                held[index][head] = interview
             for attempt in range(self.max_attempts):
-                seeds = [self.try_seed(q, attempt) for q in questions]
+                waiting = [interview for interview in interviews.values() if interview.segments is None]
+                if not waiting:
+                    break
+                questions = [interview.question for interview in waiting]
+                seeds = [self.try_seed(question, attempt) for question in questions]
                 clips = [(self.shown(q.episode), frames[q.episode.index]) for q in questions]
-                texts = self._loaded.answer(questions, clips, seeds, self.try_temperature(attempt)) if questions else []
-                for question, text, seed in zip(questions, texts, seeds):
-                    index = question.episode.index
-                    try:
-                        answers[index][head] = Answer(question.parse(text), text, seed, refused[index])
-                    except AnnotationError as error:
-                        refused[index] += (str(error),)
-                questions = [q for q in questions if head not in answers[q.episode.index]]
-            for question in questions:
-                reason = f"{head}: no valid answer in {self.max_attempts} tries; the last: "
-                index = question.episode.index
-                failures[index] = Failure(index, reason + refused[index][-1])
-        return [failures.get(e.index) or self.annotation(e, answers[e.index]) for e in episodes]
+                texts = self._loaded.answer(questions, clips, seeds, self.try_temperature(attempt))
+                for interview, text, seed in zip(waiting, texts, seeds):
+                    interview.hear(text, seed)
+            for index, interview in interviews.items():
+                if interview.segments is None:
+                    provenance = self.provenance(interview.question.episode, held[index])
+                    failures[index] = Failure(index, interview.complaint, provenance)
+        return [failures.get(e.index) or self.annotation(e, held[e.index]) for e in episodes]
 
     @cached_property
     def _loaded(self) -> "_Model":
@@ -372,13 +375,12 @@ def _patches(annotator: VlmAnnotator, processor, episode: Episode) -> int:
     """Patches that the model's vision part sees of an episode; a token of its language part stands for merge_size²."""
     from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize
 
-    video, feature = processor.video_processor, annotator.dataset.features[annotator.camera]
-    shape = dict(zip(feature["names"], feature["shape"]))
+    video, (height, width) = processor.video_processor, annotator.picture_size
     frames, depth = len(annotator.shown(episode)), video.temporal_patch_size
     height, width = smart_resize(
         num_frames=frames * depth,
-        height=shape["height"],
-        width=shape["width"],
+        height=height,
+        width=width,
         temporal_factor=depth,
         factor=video.patch_size * video.merge_size,
         min_pixels=video.size["shortest_edge"],

@@ -1,0 +1,107 @@
+"""The ablation rows of the scorecard: what each part of SARM is worth on the test episodes (`make scorecard`).
+
+    window_past, window_centred   both windows; the one that `params.yaml` sets is the row `sarm` again
+    state_only, images_only       one kind of input left out, zeros in its place
+    single_stage                  no annotations: the clock of each episode is its target
+    no_rewind                     no rewind augmentation
+    no_repeats                    successes only, each stage once: after a failed try the first stages last longer
+    lerobot_recipe                centred, one draw a batch, rewinds whose images are not their targets', padding in the loss
+
+Every row is trained like stage 03 does it, with the seed, the steps and the size of `params.yaml`, validated on the same val
+episodes by its own targets and measured against the same references. Needs the outputs of stages 00 and 02. A row that
+was made from the same inputs before is kept, so that a stopped run goes on.
+"""
+
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+
+from sarm_lib import artifacts, checkpoint, dataset, encoder, lerobot_io, params, progress, scorecard, stages, training
+from sarm_lib.dataset import Dataset
+from sarm_lib.stages import Labels
+
+LEROBOT = {
+    "sarm.window": "centred",
+    "sarm.augmentation_per": "batch",
+    "sarm.rewind_images": "of_lerobot",
+    "sarm.loss_positions": "all",
+}
+Relabel = Callable[[Labels, Dataset], Labels]
+
+
+def single_stage(labels: Labels, demos: Dataset) -> Labels:
+    """One stage, τ the clock of the episode."""
+    tau = np.concatenate([scorecard.clock(e.length).tau for e in demos.episodes])
+    stage = np.zeros(demos.num_frames, dtype=np.int64)
+    return Labels({"sparse": stage}, {"sparse": tau}, {"sparse": ["task"]}, {"sparse": [1.0]}, labels.annotated)
+
+
+def no_repeats(labels: Labels, demos: Dataset) -> Labels:
+    """Each stage once and in order, as most annotators are told: a frame belongs to the earliest stage that is still to come.
+
+    Episodes that do not do the whole task cannot be annotated so; they are left out.
+    """
+    stage, tau = ({head: values.copy() for head, values in of.items()} for of in (labels.stage, labels.tau))
+    for episode in demos.episodes:
+        for head in stage:
+            once = np.minimum.accumulate(stage[head][episode.rows][::-1])[::-1]
+            stage[head][episode.rows] = once
+            for k in np.unique(once):
+                frames = np.flatnonzero(once == k)
+                tau[head][episode.row + frames] = np.linspace(0, 1, len(frames)) if len(frames) > 1 else 1.0
+    kept = frozenset(stages.complete_episodes(labels, demos.episodes))
+    proportions = {}
+    for head, names in labels.stage_names.items():
+        shares = [
+            np.bincount(stage[head][e.rows], minlength=len(names)) / e.length for e in demos.episodes if e.index in kept
+        ]
+        proportions[head] = np.mean(shares, axis=0).tolist()
+    return replace(labels, stage=stage, tau=tau, proportions=proportions, annotated=kept)
+
+
+ROWS: dict[str, tuple[dict, Relabel | None]] = {
+    "window_past": ({"sarm.window": "past"}, None),
+    "window_centred": ({"sarm.window": "centred"}, None),
+    "state_only": ({"sarm.inputs": ["state"]}, None),
+    "images_only": ({"sarm.inputs": ["images"]}, None),
+    "single_stage": ({"base.annotation_mode": "single_stage"}, single_stage),
+    "no_rewind": ({"sarm.rewind_probability": 0.0}, None),
+    "no_repeats": ({}, no_repeats),
+    "lerobot_recipe": (LEROBOT, None),
+}
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    base = params.load("params.yaml")
+    device = dataset.pick_device(base.base.device)
+    demos = dataset.from_params(base)
+    embeddings = encoder.open_embeddings(base.paths.read("embeddings", "00_prepare"), demos)
+    labels = lerobot_io.read_labels(base.paths.read("dataset/meta", "02_verify").parent, demos, base.heads)
+    clip = encoder.from_params(base, device)
+    texts = [clip.texts(said) if said else None for said in (base.visualize.other_tasks, base.visualize.paraphrases)]
+    test = scorecard.test_episodes(demos, labels)
+    references = scorecard.references(demos, labels, test, base.base.truth_prefix)
+    rows, path = {}, base.paths.root / "benchmarks/scorecard.json"
+    for name, (overrides, relabel) in ROWS.items():
+        config = params.load("params.yaml", overrides)
+        mine = relabel(labels, demos) if relabel else labels
+        model = training.new_reward_model(config, demos, embeddings, mine)
+        sampler = training.new_sampler(config, demos, embeddings, mine, model, clip)
+        made_from = training.provenance(config, demos, embeddings, mine)
+        folder = base.paths.write(f"scratch/scorecard/{name}")
+        validate = training.validator(demos, mine, sampler.store)
+        training.train_into(folder, model, sampler, validate, config, made_from, device)
+        model = checkpoint.load_reward_model(folder, device)
+        store = progress.frame_store(demos, embeddings, model)
+        rows[name] = scorecard.card(references, scorecard.predictions(model, store, test, 1, *texts))
+        print(scorecard.table({name: rows[name]}, ["mse_truth", "stage_accuracy_dense", "retry_order"]).to_string())
+        artifacts.write_json(path, {"fingerprint": embeddings.fingerprint, "rows": rows})
+    print(f"{path.relative_to(base.paths.root)}: notebook 04 shows these rows beside its own")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,242 @@
+"""The explorer: look at an episode frame by frame, with curves that move along. It reads, and changes nothing.
+
+Frames of all cameras stand over any number of panels: progress and its target, stage probabilities, weights, actions.
+Only the episode that is shown is asked for its panels, and its frames are decoded when they are looked at. Both travel
+in messages of their own (float32 and JPEG), so that a saved notebook holds neither. explorer.js draws.
+"""
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import anywidget
+import numpy as np
+import traitlets
+from PIL import Image
+
+from sarm_lib import charts
+from sarm_lib.charts import PREDICTED, STAGE_COLOURS, TARGET
+from sarm_lib.dataset import Dataset, DatasetError, Episode
+from sarm_lib.frames import FrameReader, jpeg
+from sarm_lib.progress import Scores
+from sarm_lib.stages import Labels
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Curves over the frames of one episode, drawn on one pair of axes.
+
+    curves: name: (T,) values, one a frame; the first is drawn on top. `areas` are stacked, the first at the bottom.
+    domain: of the values, None for what the curves need. colours: of the curves, None for those of the stages.
+    """
+
+    title: str
+    curves: dict[str, np.ndarray]
+    kind: Literal["lines", "areas"] = "lines"
+    domain: tuple[float, float] | None = (0, 1)
+    colours: list[str] | None = None
+    dashed: tuple[str, ...] = ()  # names of curves
+
+
+class Explorer(anywidget.AnyWidget):
+    """Shows the episodes in `order` with `reasons` (why one is worth a look), and `panels(episode)` of the shown one.
+
+    Raises ValueError for panels of the first episode that are not right; those of a later one are told in the view.
+    """
+
+    _esm = Path(__file__).with_name("explorer.js")
+    _css = Path(__file__).with_name("explorer.css")
+
+    fps = traitlets.Float().tag(sync=True)
+    cameras = traitlets.List().tag(sync=True)
+    picker = traitlets.List().tag(sync=True)  # [episode, reason]
+    episode = traitlets.Int().tag(sync=True)
+    length = traitlets.Int().tag(sync=True)
+    frame = traitlets.Int().tag(sync=True)  # where the view came to rest, and starts when the page is loaded again
+    error = traitlets.Unicode().tag(sync=True)
+
+    COMMANDS = frozenset(("send_frame", "send_panels", "rest", "show_episode"))
+    # Where an explorer of the same episodes was left, (episode, frame): a cell that runs again goes on from there.
+    PLACES: ClassVar[dict[tuple, tuple[int, int]]] = {}
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        panels: Callable[[Episode], list[Panel]],
+        *,
+        order: list[int] | None = None,
+        reasons: dict[int, str] | None = None,
+    ):
+        self._dataset, self._panels_of, self._reader = dataset, panels, FrameReader(dataset)
+        self._episodes = {e.index: e for e in dataset.episodes}
+        known = [int(i) for i in (self._episodes if order is None else order)]  # int: pandas gives its own
+        unknown = [i for i in known if i not in self._episodes]
+        if unknown or not known:
+            raise ValueError(f"order: the dataset has no episodes {unknown}" if unknown else "no episode to show")
+        self._one = threading.Lock()  # JupyterLab's first messages come in two threads, and a decoder knows only one
+        self._panels: list[tuple[dict, bytes]] = []  # of the shown episode: what to draw, and its values
+        self._key = (dataset.root, *known)
+        super().__init__(
+            fps=dataset.fps,
+            cameras=[key.removeprefix("observation.").removeprefix("images.") for key in dataset.camera_keys],
+            picker=[[i, (reasons or {}).get(i, "")] for i in known],
+        )
+        self.on_msg(self._receive)
+        self.show_episode(*self.PLACES.get(self._key, (known[0], 0)))
+
+    def __repr__(self) -> str:
+        titles = ", ".join(spec["title"] for spec, _ in self._panels)
+        return f"Explorer: {len(self.picker)} episodes with {titles or 'no panel'}"
+
+    # --- commands: the view sends them, and tests call them -----------------------------------------------------------
+
+    def _receive(self, _, content: dict, buffers: list) -> None:
+        """Run a command of the view; what goes wrong is shown there."""
+        arguments = dict(content)
+        command = arguments.pop("do", None)
+        if command not in self.COMMANDS:
+            self.error = f"unknown command {command!r}"
+            return
+        try:
+            with self._one:
+                getattr(self, command)(**arguments)
+        except ValueError as error:
+            self.error = str(error)
+
+    def send_frame(self, episode: int, frame: int) -> None:
+        """Send one frame, a JPEG a camera."""
+        if episode != self.episode:  # the person has moved on
+            return
+        shown, images, problem = self._episodes[episode], [], ""
+        try:
+            images = [jpeg(self._reader.read(shown, key, frame)) for key in self._dataset.camera_keys]
+        except DatasetError as error:
+            log.warning("%s", error)
+            images, problem = [], str(error)
+        self.send({"episode": episode, "frame": frame, "error": problem}, buffers=images)
+
+    def send_panels(self, episode: int) -> None:
+        """Send the panels, each with its curves' values one after the other, (curves, T) float32."""
+        if episode == self.episode:
+            content = {"episode": episode, "panels": [spec for spec, _ in self._panels]}
+            self.send(content, buffers=[values for _, values in self._panels])
+
+    def rest(self, episode: int, frame: int) -> None:
+        """Remember where the view has stopped."""
+        if episode == self.episode:
+            self.frame = frame
+            if self.PLACES.get(self._key, (None,))[0] == episode:  # an episode that failed is not gone back to
+                self.PLACES[self._key] = (episode, frame)
+
+    def look_at(self, frame: int) -> None:
+        """Move the view's playhead. A message, as the view's own position may be newer than the trait."""
+        self.send({"go": min(max(frame, 0), self.length - 1)})
+
+    def show_episode(self, episode: int, frame: int = 0) -> None:
+        """Show an episode. Raises ValueError for panels that are not right; then its frames are shown without any."""
+        if episode not in self._episodes:
+            raise ValueError(f"the dataset has no episode {episode}")
+        shown, self._panels = self._episodes[episode], []
+        try:
+            self._panels = self._packed(shown)
+            self.PLACES[self._key] = (episode, frame)
+        finally:  # after the panels, which the view asks for as soon as it hears of the episode
+            with self.hold_sync():
+                self.length, self.frame, self.episode, self.error = shown.length, frame, episode, ""
+
+    def _packed(self, episode: Episode) -> list[tuple[dict, bytes]]:
+        try:
+            panels = self._panels_of(episode)
+        except Exception as error:  # anyone's code: the view tells what a callback would only log
+            raise ValueError(f"episode {episode.index}: its panels raise {type(error).__name__}: {error}") from error
+        return [packed(panel, episode) for panel in panels]
+
+
+def packed(panel: Panel, episode: Episode) -> tuple[dict, bytes]:
+    """A panel as the view takes it: what to draw, and (curves, T) float32, little-endian.
+
+    Raises ValueError naming episode, panel and curve.
+    """
+    where, names, rows = f"episode {episode.index}, panel {panel.title!r}", list(panel.curves), []
+    colours = panel.colours or [STAGE_COLOURS[i % len(STAGE_COLOURS)] for i in range(len(names))]
+    if panel.kind not in ("lines", "areas"):
+        raise ValueError(f"{where}: kind is lines or areas, not {panel.kind!r}")
+    if not names or len(colours) != len(names):
+        raise ValueError(f"{where}: {len(names)} curves and {len(colours)} colours")
+    if not set(panel.dashed) <= set(names):
+        raise ValueError(f"{where}: dashed names {', '.join(set(panel.dashed) - set(names))}, which is no curve")
+    for name, given in panel.curves.items():
+        values = np.asarray(given, dtype="<f4")
+        if values.shape != (episode.length,):
+            raise ValueError(f"{where}, curve {name!r}: values {values.shape} for {episode.length} frames")
+        bad = np.flatnonzero(~np.isfinite(values))
+        if len(bad):
+            raise ValueError(f"{where}, curve {name!r}: {len(bad)} values are not finite, first at frame {bad[0]}")
+        if panel.kind == "areas" and values.min() < 0:
+            raise ValueError(f"{where}, curve {name!r}: below 0 at frame {values.argmin()}, which no stack can show")
+        rows.append(values)
+    stacked = np.stack(rows)
+    low, high = panel.domain or _domain(stacked.sum(0, keepdims=True) if panel.kind == "areas" else stacked, panel.kind)
+    if not low < high:
+        raise ValueError(f"{where}: domain {low} to {high}")
+    spec = {"title": panel.title, "kind": panel.kind, "domain": [float(low), float(high)]}
+    return spec | {"names": names, "colours": list(colours), "dashed": list(panel.dashed)}, stacked.tobytes()
+
+
+def _domain(values: np.ndarray, kind: str) -> tuple[float, float]:
+    """What holds all values with a margin; areas stand on 0, and a constant has room on both sides."""
+    low, high = (0.0 if kind == "areas" else float(values.min())), float(values.max())
+    margin = 0.05 * (high - low) or 0.5
+    return (0.0 if kind == "areas" else low - margin), high + margin
+
+
+# --- what a reward model says -----------------------------------------------------------------------------------------
+
+
+def of_scores(
+    dataset: Dataset,
+    scores: dict[tuple[int, str], Scores],
+    labels: Labels,
+    head: str,
+    order: list[int] | None = None,
+    reasons: dict[int, str] | None = None,
+) -> Explorer:
+    """Scored episodes of one head: progress and target, and the stage probabilities where there are several stages."""
+    scored, names = sorted(i for i, of in scores if of == head), labels.stage_names[head]
+    missing = sorted(set(order or ()) - set(scored))
+    if missing:
+        raise ValueError(f"order: episodes {missing} have no {head} scores")
+
+    def panels(episode: Episode) -> list[Panel]:
+        mine = scores[episode.index, head]
+        curves, dashed = {"predicted": mine.progress}, ()
+        if episode.index in labels.annotated:
+            curves, dashed = curves | {"target": labels.progress(episode, head)}, ("target",)
+        found = [Panel("progress φ", curves, colours=[PREDICTED, TARGET][: len(curves)], dashed=dashed)]
+        if len(names) > 1:
+            found.append(Panel("stage probability", dict(zip(names, mine.probabilities.T, strict=True)), "areas"))
+        return found
+
+    return Explorer(dataset, panels, order=scored if order is None else order, reasons=reasons)
+
+
+def picture(
+    dataset: Dataset, episode: Episode, scores: Scores, labels: Labels, head: str, count: int = 8
+) -> Image.Image:
+    """The same as a still: `count` frames of an episode with the progress that is seen in them, over its curves."""
+    frames = np.linspace(0, episode.length - 1, count).astype(int)
+    return charts.episode(
+        dataset.read_frames(episode, dataset.image_keys[0], frames),
+        [f"{frame / dataset.fps:.2f} s: {scores.progress[frame]:.2f}" for frame in frames],
+        scores.progress,
+        labels.progress(episode, head) if episode.index in labels.annotated else None,
+        scores.probabilities,
+        labels.stage_names[head],
+        dataset.fps,
+        f"episode {episode.index} ({episode.group}), {head} head",
+    )

@@ -1,0 +1,61 @@
+"""Pushing: one explicit command each, everything that is needed, nothing else; against a Hub that only writes down."""
+
+import pytest
+
+from sarm_lib import hub
+from sarm_lib.artifacts import write_json
+
+
+class Notebook:
+    """Stands in for `HfApi`: keeps what it is asked."""
+
+    def __init__(self):
+        self.asked = []
+
+    def create_repo(self, repo_id, **options):
+        self.asked.append(("create", repo_id, options))
+        return f"https://example.org/{repo_id}"
+
+    def upload_folder(self, **options):
+        self.asked.append(("folder", options["folder_path"], options))
+
+    def upload_file(self, **options):
+        self.asked.append(("file", options["path_in_repo"], options))
+
+
+def test_a_reward_model_is_pushed_with_a_card_that_says_what_it_is(project):
+    api = Notebook()
+    assert (
+        hub.push("reward-model", "me/sarm", project / "outputs", private=True, api=api) == "https://example.org/me/sarm"
+    )
+    (_, repo, options), (_, folder, _), (_, name, card) = api.asked
+    assert repo == "me/sarm" and options["private"] and options["repo_type"] == "model"
+    assert folder == project / "outputs/sarm" and name == "README.md"
+    text = card["path_or_fileobj"].decode()
+    for said in ("SARMRewardModel.from_pretrained", "cross the left half", "data/encoder", "| voc |", "me/sarm"):
+        assert said in text
+
+
+def test_a_model_that_lerobot_cannot_load_says_so(project, tmp_path):
+    import shutil
+
+    copy = shutil.copytree(project / "outputs/sarm", tmp_path / "sarm")
+    write_json(copy / "config.json", {"type": "sarm_lib"})
+    assert "refuses it" in hub.model_card(copy, tmp_path / "none.json", "me/x")
+
+
+def test_dataset_and_progress_go_to_a_dataset_repository(project):
+    api = Notebook()
+    hub.push("dataset", "me/data", project / "outputs", api=api)
+    hub.push("progress", "me/data", project / "outputs", api=api)
+    assert [asked[0] for asked in api.asked] == ["create", "folder", "create", "file"]
+    assert all(asked[2]["repo_type"] == "dataset" for asked in api.asked)
+    assert api.asked[3][1] == "sarm_progress.parquet"
+
+
+@pytest.mark.parametrize("kind", hub.KINDS)
+def test_what_is_not_made_yet_is_not_pushed(kind, tmp_path):
+    api = Notebook()
+    with pytest.raises(FileNotFoundError, match="run the pipeline first"):
+        hub.push(kind, "me/x", tmp_path, api=api)
+    assert not api.asked
