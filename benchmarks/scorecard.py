@@ -3,9 +3,12 @@
     window_past, window_centred   both windows; the one that `params.yaml` sets is the row `sarm` again
     state_only, images_only       one kind of input left out, zeros in its place
     single_stage                  no annotations: the clock of each episode is its target
+    all_cameras                   every camera that is encoded, instead of one
+    learn_given_up                τ = 1 at the end of a try that failed too
     no_rewind                     no rewind augmentation
     no_repeats                    successes only, each stage once: after a failed try the first stages last longer
-    lerobot_recipe                centred, one draw a batch, rewinds whose images are not their targets', padding in the loss
+    lerobot_recipe                centred, one draw a batch, rewinds whose images are not their targets', padding in the loss,
+                                  failed tries that end at τ = 1
 
 Every row is trained like stage 03 does it, with the seed, the steps and the size of `params.yaml`, validated on the same val
 episodes by its own targets and measured against the same references. Needs the outputs of stages 00 and 02. A row that
@@ -28,6 +31,7 @@ LEROBOT = {
     "sarm.augmentation_per": "batch",
     "sarm.rewind_images": "of_lerobot",
     "sarm.loss_positions": "all",
+    "sarm.learn_given_up": True,
 }
 Relabel = Callable[[Labels, Dataset], Labels]
 
@@ -59,19 +63,23 @@ def no_repeats(labels: Labels, demos: Dataset) -> Labels:
             np.bincount(stage[head][e.rows], minlength=len(names)) / e.length for e in demos.episodes if e.index in kept
         ]
         proportions[head] = np.mean(shares, axis=0).tolist()
-    return replace(labels, stage=stage, tau=tau, proportions=proportions, annotated=kept)
+    return replace(labels, stage=stage, tau=tau, proportions=proportions, annotated=kept, given_up={})
 
 
-ROWS: dict[str, tuple[dict, Relabel | None]] = {
-    "window_past": ({"sarm.window": "past"}, None),
-    "window_centred": ({"sarm.window": "centred"}, None),
-    "state_only": ({"sarm.inputs": ["state"]}, None),
-    "images_only": ({"sarm.inputs": ["images"]}, None),
-    "single_stage": ({"base.annotation_mode": "single_stage"}, single_stage),
-    "no_rewind": ({"sarm.rewind_probability": 0.0}, None),
-    "no_repeats": ({}, no_repeats),
-    "lerobot_recipe": (LEROBOT, None),
-}
+def rows(cameras: list[str]) -> dict[str, tuple[dict, Relabel | None]]:
+    """What differs from `params.yaml`, and from the labels, by row."""
+    return {
+        "window_past": ({"sarm.window": "past"}, None),
+        "window_centred": ({"sarm.window": "centred"}, None),
+        "state_only": ({"sarm.inputs": ["state"]}, None),
+        "images_only": ({"sarm.inputs": ["images"]}, None),
+        "single_stage": ({"base.annotation_mode": "single_stage"}, single_stage),
+        "learn_given_up": ({"sarm.learn_given_up": True}, None),
+        "no_rewind": ({"sarm.rewind_probability": 0.0}, None),
+        "no_repeats": ({}, no_repeats),
+        "lerobot_recipe": (LEROBOT, None),
+        "all_cameras": ({"base.image_keys": cameras}, None),
+    }
 
 
 def main() -> None:
@@ -85,21 +93,24 @@ def main() -> None:
     texts = [clip.texts(said) if said else None for said in (base.visualize.other_tasks, base.visualize.paraphrases)]
     test = scorecard.test_episodes(demos, labels)
     references = scorecard.references(demos, labels, test, base.base.truth_prefix)
-    rows, path = {}, base.paths.root / "benchmarks/scorecard.json"
-    for name, (overrides, relabel) in ROWS.items():
+    cards, validation, path = {}, {}, base.paths.root / "benchmarks/scorecard.json"
+    for name, (overrides, relabel) in rows(list(embeddings.cameras)).items():
         config = params.load("params.yaml", overrides)
-        mine = relabel(labels, demos) if relabel else labels
-        model = training.new_reward_model(config, demos, embeddings, mine)
-        sampler = training.new_sampler(config, demos, embeddings, mine, model, clip)
-        made_from = training.provenance(config, demos, embeddings, mine)
+        shown = dataset.from_params(config)
+        mine = relabel(labels, shown) if relabel else labels
+        model = training.new_reward_model(config, shown, embeddings, mine)
+        sampler = training.new_sampler(config, shown, embeddings, mine, model, clip)
+        made_from = training.provenance(config, shown, embeddings, mine)
         folder = base.paths.write(f"scratch/scorecard/{name}")
-        validate = training.validator(demos, mine, sampler.store)
+        validate = training.validator(shown, mine, sampler.store, config.sarm.learn_given_up)
         training.train_into(folder, model, sampler, validate, config, made_from, device)
         model = checkpoint.load_reward_model(folder, device)
-        store = progress.frame_store(demos, embeddings, model)
-        rows[name] = scorecard.card(references, scorecard.predictions(model, store, test, 1, *texts))
-        print(scorecard.table({name: rows[name]}, ["mse_truth", "stage_accuracy_dense", "retry_order"]).to_string())
-        artifacts.write_json(path, {"fingerprint": embeddings.fingerprint, "rows": rows})
+        store = progress.frame_store(shown, embeddings, model)
+        cards[name] = scorecard.card(references, scorecard.predictions(model, store, test, 1, *texts))
+        log = artifacts.read_json_lines(folder / checkpoint.LOG)
+        validation[name] = round(min(line["val_mse"] for line in log if "val_mse" in line), 6)
+        print(scorecard.table({name: cards[name]}, ["mse_truth", "stage_accuracy_dense", "retry_order"]).to_string())
+        artifacts.write_json(path, {"fingerprint": embeddings.fingerprint, "rows": cards, "val_mse": validation})
     print(f"{path.relative_to(base.paths.root)}: notebook 04 shows these rows beside its own")
 
 

@@ -26,7 +26,7 @@ def train(params) -> Path:
     model = training.new_reward_model(params, demos, embeddings, labels)
     sampler = training.new_sampler(params, demos, embeddings, labels, model, encoder.from_params(params, device))
     made_from, folder = training.provenance(params, demos, embeddings, labels), params.paths.write("sarm")
-    validate = training.validator(demos, labels, sampler.store)
+    validate = training.validator(demos, labels, sampler.store, params.sarm.learn_given_up)
     training.train_into(folder, model, sampler, validate, params, made_from, device)
     return folder
 

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from sarm_lib.annotations import Annotation, Segment, columns
 from sarm_lib.artifacts import remove, staged
 from sarm_lib.dataset import ANNOTATION_MARK, Dataset, fingerprint
-from sarm_lib.stages import Labels, targets
+from sarm_lib.stages import Labels, given_up, targets
 
 MEDIA = ("data", "videos", "images")
 
@@ -79,13 +79,14 @@ def read_labels(folder: Path, dataset: Dataset, heads: tuple[str, ...]) -> Label
             f"{folder} holds the annotations of another dataset (or of an older state of it): run 02_verify again"
         )
     files = sorted((folder / "meta").glob("episodes/**/*.parquet"))
-    stage, tau, names, shares = {}, {}, {}, {}
+    stage, tau, undone, names, shares = {}, {}, {}, {}, {}
     annotated = {episode.index for episode in dataset.episodes}
     for head in heads:
         proportions = json.loads((folder / f"meta/temporal_proportions_{head}.json").read_text())
         names[head], shares[head] = list(proportions), list(proportions.values())
         stage[head] = np.zeros(dataset.num_frames, dtype=np.int64)
         tau[head] = np.zeros(dataset.num_frames, dtype=np.float32)
+        undone[head] = np.zeros(dataset.num_frames, dtype=bool)
         columns = [f"{head}_subtask_{name}" for name in ("names", "start_frames", "end_frames")]
         rows = {
             r["episode_index"]: r
@@ -104,4 +105,5 @@ def read_labels(folder: Path, dataset: Dataset, heads: tuple[str, ...]) -> Label
                 )
             segments = tuple(map(Segment, subtasks, starts, ends))
             stage[head][episode.rows], tau[head][episode.rows] = targets(segments, names[head], episode.length)
-    return Labels(stage, tau, names, shares, frozenset(annotated))
+            undone[head][episode.rows] = given_up(segments, names[head], episode.length)
+    return Labels(stage, tau, names, shares, frozenset(annotated), undone)

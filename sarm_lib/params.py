@@ -129,6 +129,7 @@ class Sarm(Section):
     augmentation_per: Literal["sample", "batch"]
     rewind_images: Literal["of_targets", "of_lerobot"]
     loss_positions: Literal["valid", "all"]
+    learn_given_up: bool  # τ also of segments that end in a step back, or with an episode that did not get further
     inputs: list[Literal["images", "state"]]  # what the model is shown; for ablations
     hidden_dim: Positive
     num_heads: Positive

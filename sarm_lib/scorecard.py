@@ -21,7 +21,8 @@ stage_calibration_error  Σ_b n_b/n |share of frames with k̂ = k - mean p̂| ov
 A figure is the mean over a group's episodes that have the metric (success_auc and stage_calibration_error pool them);
 `_low` and `_high` are its 95 % percentile interval when episodes are drawn with replacement; a metric that a row or a
 group does not have is missing. `time_linear` is the row that knows only the clock, φ̂_t = (t - 1)/(T - 1): it has the best voc there is, which
-therefore never stands alone.
+therefore never stands alone. `targets` is the row that says what the annotations say: what a model gains against a truth
+by following them perfectly.
 """
 
 from collections.abc import Callable, Sequence
@@ -170,6 +171,17 @@ def predictions(
 def time_linear(episodes: Sequence[Episode]) -> list[Predicted]:
     """The row that knows only the clock."""
     return [Predicted({"sparse": clock(e.length)}) for e in episodes]
+
+
+def targets(labels: Labels, episodes: Sequence[Episode]) -> list[Predicted]:
+    """The row that says what the annotations say: what following them perfectly is worth against a truth."""
+
+    def scores(episode: Episode, head: str) -> Scores:
+        stage = labels.stage[head][episode.rows]
+        certain = np.eye(len(labels.stage_names[head]), dtype=np.float32)[stage]
+        return Scores(labels.progress(episode, head), stage, labels.tau[head][episode.rows], certain)
+
+    return [Predicted({head: scores(episode, head) for head in labels.stage_names}) for episode in episodes]
 
 
 def card(references: Sequence[Reference], predicted: Sequence[Predicted]) -> Card:

@@ -8,7 +8,7 @@ first of the next. LeRobot's `find_stage_and_tau` returns y; `targets` gives the
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -34,6 +34,21 @@ def targets(segments: tuple[Segment, ...], names: list[str], length: int) -> tup
         tau[segment.start :] = 1.0
         tau[segment.start : segment.end + 1] = inside / duration if duration else 1.0
     return stage, tau
+
+
+def given_up(segments: tuple[Segment, ...], names: list[str], length: int) -> np.ndarray:
+    """Frames (T,) bool of segments that end without their subtask being done: a step back follows, or the episode's end.
+
+    Their e_k is not the end of the subtask, so that Eq 2's clock says nothing about how far it came; where the last stage is
+    the last segment it counts as done. Frames of a gap belong to the segment before it.
+    """
+    index, found = {name: k for k, name in enumerate(names)}, np.zeros(length, dtype=bool)
+    following = [index[segment.subtask] for segment in segments[1:]] + [
+        len(names) if segments[-1].subtask == names[-1] else -1
+    ]
+    for segment, after in zip(segments, following, strict=True):
+        found[segment.start :] = after <= index[segment.subtask]
+    return found
 
 
 def complete(annotation: Annotation, stage_names: dict[str, list[str]]) -> bool:
@@ -87,6 +102,9 @@ class Labels:
     stage_names: dict[str, list[str]]
     proportions: dict[str, list[float]]
     annotated: frozenset[int]  # episodes
+    given_up: dict[str, np.ndarray] = field(
+        default_factory=dict
+    )  # (N,) bool, see `given_up`; none where a head is missing
 
     def progress(self, episode: Episode, head: str) -> np.ndarray:
         """Target φ of an episode, (T,) float32."""
@@ -97,7 +115,8 @@ class Labels:
     def identity(self) -> str:
         """A name for these labels."""
         arrays = {head: [self.stage[head].tobytes().hex(), self.tau[head].tobytes().hex()] for head in self.stage}
-        return digest(arrays, self.stage_names, self.proportions, sorted(self.annotated))
+        undone = {head: np.flatnonzero(frames).tolist() for head, frames in self.given_up.items()}
+        return digest(arrays, self.stage_names, self.proportions, sorted(self.annotated), undone)
 
 
 def complete_episodes(labels: Labels, episodes: Sequence[Episode]) -> set[int]:

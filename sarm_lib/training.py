@@ -44,13 +44,14 @@ class Batch(NamedTuple):
     windows: Windows
     stage: dict[str, Tensor]
     tau: dict[str, Tensor]
+    known: dict[str, Tensor]  # a head: (B, T) bool: τ says something; unknown in segments that were given up
     given: Tensor  # (B,) bool: the progress transformer is given the true stage (teacher forcing)
     rows: np.ndarray  # (B, T) dataset rows of the images, for whoever wants to look
     positions: float  # valid positions of the whole batch, a process: what its loss is divided by
 
     def to(self, device: torch.device) -> "Batch":
         move = lambda tensors: {k: v.to(device, non_blocking=True) for k, v in tensors.items()}  # noqa: E731
-        moved = self.windows.to(device), move(self.stage), move(self.tau), self.given.to(device)
+        moved = self.windows.to(device), move(self.stage), move(self.tau), move(self.known), self.given.to(device)
         return Batch(*moved, self.rows, self.positions)
 
 
@@ -74,6 +75,7 @@ class Sampler:
     rows: np.ndarray  # (M,) frames to draw from
     stage: dict[str, np.ndarray]  # a head: (N,)
     tau: dict[str, np.ndarray]  # a head: (N,)
+    given_up: dict[str, np.ndarray]  # a head: (N,) bool, frames whose τ is not learned
     perturbations: Tensor  # (P, E) embeddings of texts that are not the task
     augmentation: Augmentation
     loss_positions: Literal["valid", "all"] = "valid"
@@ -109,6 +111,7 @@ class Sampler:
             self.store.gather(seen, valid[mine], text[mine]),
             {head: torch.from_numpy(stage[frames] * right) for head, stage in self.stage.items()},
             {head: torch.from_numpy((tau[frames] * right).astype(np.float32)) for head, tau in self.tau.items()},
+            {head: torch.from_numpy(~(undone[frames] & right)) for head, undone in self.given_up.items()},
             given[mine],
             seen,
             positions / processes,
@@ -141,8 +144,9 @@ class SarmLoss(nn.Module):
         prior = {h: torch.where(given, true, stage_logits[h].argmax(-1)) for h, true in batch.stage.items()}
         tau = self.sarm.tau(batch.windows, prior)
         for head, true_stage in batch.stage.items():
+            timed = counted & batch.known[head]
             stage_loss = F.cross_entropy(stage_logits[head][counted], true_stage[counted], reduction="sum")
-            tau_loss = F.mse_loss(tau[head][counted], batch.tau[head][counted], reduction="sum")
+            tau_loss = F.mse_loss(tau[head][timed], batch.tau[head][timed], reduction="sum")
             parts |= {
                 f"{head}_stage_loss": stage_loss / batch.positions,
                 f"{head}_tau_loss": tau_loss / batch.positions,
@@ -202,6 +206,7 @@ def new_sampler(
         rows=annotated_rows(dataset.split("train"), labels.annotated),
         stage=labels.stage,
         tau=labels.tau,
+        given_up=unknown_tau(labels, settings.learn_given_up),
         perturbations=encoder.texts(perturbed_texts(PERTURBATIONS, params.base.seed)),
         augmentation=Augmentation(
             settings.rewind_probability,
@@ -214,9 +219,18 @@ def new_sampler(
     )
 
 
-def validator(dataset: Dataset, labels: Labels, store: FrameStore) -> Callable[[Sarm], dict[str, float]]:
-    """Scores a model on the annotated val episodes, augmentation off. `val_mse`: of φ, the mean over episodes and heads;
-    `val_accuracy_{head}` of the stage."""
+def unknown_tau(labels: Labels, learn_given_up: bool) -> dict[str, np.ndarray]:
+    """A head: (N,) bool, frames whose τ is neither learned nor validated."""
+    none = {head: np.zeros(len(tau), dtype=bool) for head, tau in labels.tau.items()}
+    return none if learn_given_up else none | labels.given_up
+
+
+def validator(
+    dataset: Dataset, labels: Labels, store: FrameStore, learn_given_up: bool = False
+) -> Callable[[Sarm], dict[str, float]]:
+    """Scores a model on the annotated val episodes, augmentation off. `val_mse`: of φ where it is known, the mean over
+    episodes and heads; `val_accuracy_{head}` of the stage."""
+    unknown = unknown_tau(labels, learn_given_up)
     episodes = [episode for episode in dataset.split("val") if episode.index in labels.annotated]
     rows = annotated_rows(tuple(episodes), labels.annotated)
     ends = np.cumsum([episode.length for episode in episodes])[:-1]
@@ -226,7 +240,8 @@ def validator(dataset: Dataset, labels: Labels, store: FrameStore) -> Callable[[
         for head, scores in score(sarm, store, rows, sarm.spec.heads).items():
             stage = labels.stage[head][rows]
             target = progress(stage, labels.tau[head][rows], np.array(labels.proportions[head]))
-            errors += [float(episode.mean()) for episode in np.split((scores.progress - target) ** 2, ends)]
+            squared = np.where(unknown[head][rows], np.nan, (scores.progress - target) ** 2)
+            errors += [float(np.nanmean(part)) for part in np.split(squared, ends) if np.isfinite(part).any()]
             if sarm.spec.num_stages(head) > 1:
                 found[f"val_accuracy_{head}"] = float(np.mean(scores.stage == stage))
         return {"val_mse": float(np.mean(errors)), **found}

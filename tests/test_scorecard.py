@@ -181,6 +181,14 @@ def test_without_an_annotated_test_episode_the_remedy_is_named(parts):
         )
 
 
+def test_the_row_of_the_targets_follows_the_annotations(parts):
+    _, dataset, _, labels, *_ = parts
+    test = scorecard.test_episodes(dataset, labels)
+    row = scorecard.card(scorecard.references(dataset, labels, test), scorecard.targets(labels, test))["all"]
+    assert row["mse_target_sparse"] == row["mse_target_dense"] == row["stage_calibration_error"] == 0
+    assert row["stage_accuracy_dense"] == 1
+
+
 def test_ablations_of_another_dataset_are_left_out(parts, tmp_path):
     write_json(tmp_path / "s.json", {"fingerprint": "this", "rows": {"no_rewind": {"all": {"voc": 0.5}}}})
     assert scorecard.ablations(tmp_path / "s.json", "this") == {"no_rewind": {"all": {"voc": 0.5}}}
@@ -190,7 +198,7 @@ def test_ablations_of_another_dataset_are_left_out(parts, tmp_path):
 def test_stage_04_leaves_the_scorecard_in_its_form(parts):
     config, _, embeddings, *_ = parts
     cards = read_json(config.paths.read("metrics/scorecard.json", "04"))
-    assert set(cards) == {"sarm", "time_linear"} and embeddings.fingerprint
+    assert set(cards) == {"sarm", "targets", "time_linear"} and embeddings.fingerprint
     for kinds in cards.values():
         for values in kinds.values():
             names = {name for name in values if not name.endswith(("_low", "_high")) and name != "episodes"}

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sarm_lib.annotations import Annotation, Segment
-from sarm_lib.stages import counted, progress, targets, temporal_proportions
+from sarm_lib.stages import counted, given_up, progress, targets, temporal_proportions
 
 NAMES = ["reach", "grasp", "lift", "carry"]
 
@@ -98,3 +98,23 @@ def test_progress_is_lerobot_s_and_rises_with_stage_and_tau(shares, positions):
 def test_the_end_of_a_stage_is_the_start_of_the_next_and_the_last_ends_at_one():
     shares = np.array([0.2, 0.5, 0.3])
     np.testing.assert_allclose(progress(np.array([0, 1, 1, 2]), np.array([1.0, 0, 1, 1]), shares), [0.2, 0.2, 0.7, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("shown", "undone"),
+    [
+        ("reach lift lower", ""),  # the whole task
+        ("reach lift", "lift"),  # it ends before the last stage
+        ("reach lift reach lift lower", "lift"),  # a step back: the first try
+        ("reach lift lift lower", "lift"),  # tried again without a step back
+        ("reach lift lower reach", "lower reach"),
+        ("lift lower", ""),  # begins late
+    ],
+)
+def test_a_try_that_is_given_up_is_known_by_what_follows(shown, undone):
+    names = ["reach", "lift", "lower"]
+    segments = tuple(Segment(name, 5 * i, 5 * i + 3) for i, name in enumerate(shown.split()))  # a gap of one frame each
+    frames = given_up(segments, names, 5 * len(segments))
+    by_segment = frames.reshape(-1, 5)
+    assert (by_segment.all(1) | ~by_segment.any(1)).all(), "a gap belongs to the segment before it"
+    assert " ".join(s.subtask for s, up in zip(segments, by_segment[:, 0], strict=True) if up) == undone

@@ -53,6 +53,28 @@ def test_each_sample_draws_its_own_augmentation_and_carries_its_own_task(parts):
     assert (batch.tau["sparse"].numpy()[told] > 0).any()
 
 
+def test_the_progress_of_a_try_that_was_given_up_is_not_learned_but_its_stage_is(parts):
+    _, dataset, _, labels, model, sampler = parts
+    sampler.augmentation = Augmentation(0.0, 0.0, 1.0)
+    undone = np.zeros(dataset.num_frames, dtype=bool)
+    for episode in dataset.split("train"):
+        undone[episode.row : episode.row + 5] = True
+    loss = SarmLoss(model.sarm.eval())
+    for asked, counts in ((labels.given_up, True), ({"dense": undone}, False)):
+        sampler.given_up = training.unknown_tau(replace(labels, given_up=asked), False)
+        batch = sampler.draw(np.random.default_rng(0), 32)
+        up = torch.from_numpy(undone[batch.rows])
+        assert up.any()
+        tau = {**batch.tau, "dense": torch.where(up, 123.0, batch.tau["dense"])}
+        same = torch.equal(loss(batch)["loss"], loss(batch._replace(tau=tau))["loss"])
+        assert same != counts
+        wrong = {**batch.stage, "dense": torch.where(up, (batch.stage["dense"] + 1) % 3, batch.stage["dense"])}
+        assert not torch.equal(loss(batch)["dense_stage_loss"], loss(batch._replace(stage=wrong))["dense_stage_loss"])
+    assert not any(
+        frames.any() for frames in training.unknown_tau(replace(labels, given_up={"dense": undone}), True).values()
+    )
+
+
 def test_processes_share_a_batch_and_its_loss(parts):
     """What two processes draw and lose is together what one does."""
     *_, model, sampler = parts
