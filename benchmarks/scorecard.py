@@ -108,9 +108,9 @@ def main() -> None:
         store = progress.frame_store(shown, embeddings, model)
         cards[name] = scorecard.card(references, scorecard.predictions(model, store, test, 1, *texts))
         log = artifacts.read_json_lines(folder / checkpoint.LOG)
-        validation[name] = round(min(line["val_mse"] for line in log if "val_mse" in line), 6)
+        validation[name] = round(min(line["val_rmse"] for line in log if "val_rmse" in line), 6)
         print(scorecard.table({name: cards[name]}, ["mse_truth", "stage_accuracy_dense", "retry_order"]).to_string())
-        artifacts.write_json(path, {"fingerprint": embeddings.fingerprint, "rows": cards, "val_mse": validation})
+        artifacts.write_json(path, {"fingerprint": embeddings.fingerprint, "rows": cards, "val_rmse": validation})
     print(f"{path.relative_to(base.paths.root)}: notebook 04 shows these rows beside its own")
 
 

@@ -228,8 +228,9 @@ def unknown_tau(labels: Labels, learn_given_up: bool) -> dict[str, np.ndarray]:
 def validator(
     dataset: Dataset, labels: Labels, store: FrameStore, learn_given_up: bool = False
 ) -> Callable[[Sarm], dict[str, float]]:
-    """Scores a model on the annotated val episodes, augmentation off. `val_mse`: of φ where it is known, the mean over
-    episodes and heads; `val_accuracy_{head}` of the stage."""
+    """Scores a model on the annotated val episodes, augmentation off. `val_rmse`: root mean squared error of φ where it is
+    known, the mean over episodes and heads (of mean squares, two odd episodes would decide which weights are the best);
+    `val_accuracy_{head}`: of the stage."""
     unknown = unknown_tau(labels, learn_given_up)
     episodes = [episode for episode in dataset.split("val") if episode.index in labels.annotated]
     rows = annotated_rows(tuple(episodes), labels.annotated)
@@ -241,10 +242,10 @@ def validator(
             stage = labels.stage[head][rows]
             target = progress(stage, labels.tau[head][rows], np.array(labels.proportions[head]))
             squared = np.where(unknown[head][rows], np.nan, (scores.progress - target) ** 2)
-            errors += [float(np.nanmean(part)) for part in np.split(squared, ends) if np.isfinite(part).any()]
+            errors += [float(np.nanmean(part)) ** 0.5 for part in np.split(squared, ends) if np.isfinite(part).any()]
             if sarm.spec.num_stages(head) > 1:
                 found[f"val_accuracy_{head}"] = float(np.mean(scores.stage == stage))
-        return {"val_mse": float(np.mean(errors)), **found}
+        return {"val_rmse": float(np.mean(errors)), **found}
 
     return validate
 
@@ -374,12 +375,12 @@ def train(
         line, sums = {"step": step, **means, "learning_rate": schedule.get_last_lr()[0]}, {}
         if step % settings.eval_every == 0 or step == settings.steps:
             line |= validate(sarm)
-            if best is None or line["val_mse"] < best[0]:
-                best = (line["val_mse"], {k: v.detach().cpu().clone() for k, v in sarm.state_dict().items()})
+            if best is None or line["val_rmse"] < best[0]:
+                best = (line["val_rmse"], {k: v.detach().cpu().clone() for k, v in sarm.state_dict().items()})
         if not all(map(np.isfinite, line.values())):
             raise FloatingPointError(f"training diverged before step {step} ({line}): lower sarm.learning_rate")
         lines.append(line)
-        bar.set_postfix({name: f"{line[name]:.4f}" for name in ("loss", "val_mse") if name in line})
+        bar.set_postfix({name: f"{line[name]:.4f}" for name in ("loss", "val_rmse") if name in line})
         accelerator.log({k: v for k, v in line.items() if k != "step"}, step=step)
         if main:
             state.write_log(lines)

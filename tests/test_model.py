@@ -10,7 +10,8 @@ from sarm_lib.artifacts import file_digest
 from sarm_lib.checkpoint import RewardModel, checkpoint_digest, expressible, load_reward_model, save_reward_model
 from sarm_lib.model import Sarm, SarmSpec
 from sarm_lib.stages import progress
-from sarm_lib.windows import Windows, WindowSpec
+from sarm_lib.windows import Windows, WindowSpec, pad_state
+from tests.conftest import ROOT
 
 DUAL = {"sparse": ["pick", "place"], "dense": ["reach", "grasp", "lift", "carry", "lower"]}
 SHARES = {"sparse": [0.4, 0.6], "dense": [0.1, 0.2, 0.3, 0.15, 0.25]}
@@ -188,3 +189,50 @@ def test_the_last_step_s_weights_are_a_checkpoint_too_and_the_digest_is_of_every
     save_reward_model(other, tmp_path / "other", {}, [])
     assert file_digest(tmp_path / "sarm/model.safetensors") == file_digest(tmp_path / "other/model.safetensors")
     assert checkpoint_digest(tmp_path / "sarm") != checkpoint_digest(tmp_path / "other")
+
+
+def test_on_the_demo_targets_and_progress_are_lerobot_s(tmp_path):
+    """The demo's own marks, frames, encoder and window; the weights are random, as LeRobot's would be."""
+    from lerobot.rewards.sarm.modeling_sarm import SARMRewardModel
+    from lerobot.rewards.sarm.sarm_utils import compute_absolute_indices, find_stage_and_tau
+
+    from sarm_lib import annotations, corrections, encoder, params
+    from sarm_lib.dataset import from_params
+    from sarm_lib.stages import targets
+
+    config = params.load(ROOT / "params.yaml")
+    demos, names = from_params(config), annotations.vocabulary(config)
+    for mark in corrections.marks_from_params(config, demos):
+        for head, segments in ((head, mark.head(head)) for head in names):
+            columns = [[getattr(s, part) for s in segments] for part in ("subtask", "start", "end")]
+            theirs = [find_stage_and_tau(t, mark.length, *columns, names[head], {}) for t in range(mark.length)]
+            stage, tau = targets(segments, names[head], mark.length)
+            assert stage.tolist() == [k for k, _ in theirs]
+            np.testing.assert_allclose(tau, [x for _, x in theirs], atol=1e-6)
+
+    ours = reward_model(replace(spec(), stage_names=names))
+    save_reward_model(ours, tmp_path / "sarm", {}, [])
+    theirs = SARMRewardModel.from_pretrained(tmp_path / "sarm", strict=True)
+    episode, clip = demos.episodes[0], encoder.from_params(config, "cpu")
+    images = clip.images(demos.read_frames(episode, demos.image_keys[0], range(episode.length)))
+    text, window = clip.texts(demos.tasks[:1]), ours.spec.window
+    state = torch.from_numpy(demos.states[episode.rows])
+    seen = [
+        compute_absolute_indices(t, 0, episode.length, window.n_obs_steps, window.frame_gap)[0]
+        for t in range(episode.length)
+    ]
+    np.testing.assert_array_equal(
+        torch.stack(seen), window.observed(np.arange(episode.length), np.full(episode.length, episode.length))
+    )
+    rows = torch.stack(seen)
+    batch = Windows(
+        images[rows][:, None], text.expand(len(rows), -1), pad_state(state, 32)[rows], torch.full((len(rows),), 9)
+    )
+    with torch.no_grad():
+        found = ours.sarm.predict(batch, list(names))
+    for head, prediction in found.items():
+        rewards = theirs.calculate_rewards(
+            batch.text, images[rows], state[rows], frame_index=window.position, head_mode=head
+        )
+        phi = progress(prediction.stage.numpy(), prediction.tau.numpy(), np.array(ours.spec.proportions[head]))
+        np.testing.assert_allclose(phi[:, window.position], rewards, atol=1e-6)

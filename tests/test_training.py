@@ -174,7 +174,7 @@ def test_a_stopped_run_resumes_to_the_same_weights(parts, tmp_path):
     torch.rand(7)  # whatever was drawn in between
     resumed, again = run(tmp_path / "stopped", validate)
     assert again.log == trained.log and [line["step"] for line in trained.log] == [2, 4, 6, 8, 10, 12]
-    assert [line["step"] for line in trained.log if "val_mse" in line] == [4, 8, 12]
+    assert [line["step"] for line in trained.log if "val_rmse" in line] == [4, 8, 12]
     assert read_json_lines(tmp_path / "whole/log.jsonl") == trained.log
     for key, value in whole.items():
         assert torch.equal(value, resumed[key]), key
@@ -186,7 +186,7 @@ def test_training_that_diverges_stops_with_a_remedy(parts, tmp_path):
     *_, model, sampler = parts
     config = parts[0]
     with pytest.raises(FloatingPointError, match=r"lower sarm\.learning_rate"):
-        training.train(model.sarm, sampler, lambda sarm: {"val_mse": float("nan")}, config.sarm, 0, "cpu", tmp_path)
+        training.train(model.sarm, sampler, lambda sarm: {"val_rmse": float("nan")}, config.sarm, 0, "cpu", tmp_path)
 
 
 def test_a_tracker_that_is_not_installed_is_named(parts):
@@ -229,8 +229,8 @@ def test_two_processes_learn_what_one_learns(project, tmp_path):
     (one, one_log), (two, two_log) = found
     for key, value in one.items():
         torch.testing.assert_close(value, two[key], atol=1e-5, rtol=1e-4)
-    assert [line["val_mse"] for line in one_log if "val_mse" in line] == pytest.approx(
-        [line["val_mse"] for line in two_log if "val_mse" in line], abs=1e-5
+    assert [line["val_rmse"] for line in one_log if "val_rmse" in line] == pytest.approx(
+        [line["val_rmse"] for line in two_log if "val_rmse" in line], abs=1e-5
     )
 
 
@@ -240,9 +240,9 @@ def test_training_learns(parts, tmp_path):
     sarm = training.new_reward_model(config, dataset, embeddings, labels).sarm
     validate = training.validator(dataset, labels, sampler.store)
     curve = [
-        line for line in training.train(sarm, sampler, validate, settings, 0, "cpu", tmp_path).log if "val_mse" in line
+        line for line in training.train(sarm, sampler, validate, settings, 0, "cpu", tmp_path).log if "val_rmse" in line
     ]
-    assert curve[-1]["val_mse"] < 0.02 < curve[0]["val_mse"] or curve[-1]["val_mse"] < 0.01
+    assert curve[-1]["val_rmse"] < 0.14 and curve[-1]["val_rmse"] < curve[0]["val_rmse"]
 
 
 def test_the_learning_rate_warms_up_and_decays_to_a_tenth():
