@@ -80,7 +80,7 @@ def episode_lengths(table: pd.DataFrame) -> alt.Chart:
 
 def learning_curve(curve: pd.DataFrame, columns: list[str], title: str) -> alt.Chart:
     """`columns` of a learning curve over `step`, on a logarithmic scale."""
-    table = curve.melt("step", columns, var_name="curve", value_name="value")
+    table = curve.melt("step", columns, var_name="curve", value_name="value").dropna()  # not every step is validated
     return (
         alt.Chart(table, title=title)
         .mark_line(point=len(curve) < 40)
