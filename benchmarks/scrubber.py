@@ -120,7 +120,7 @@ def measure(dataset: Dataset, cameras: tuple[str, ...], order: np.ndarray, keeps
 
 
 def measure_shown(root: Path, frames: int) -> dict[str, dict[str, float]]:
-    """Milliseconds from the press of each of `KEYS` to its frame on the page, on the dataset in `root`/work/dataset."""
+    """Milliseconds from the press of each of `KEYS` to its frame on the page, on the dataset in the folder `work/dataset` of `root`."""
     from playwright.sync_api import sync_playwright
 
     found = {}
