@@ -72,15 +72,15 @@ def open_notebook(page, address: str, folder: Path, code: str, name: str = "scru
     page.goto(f"{address}lab/tree/{name}?token={TOKEN}&reset")
 
 
-def run_cell(page) -> None:
-    """Run the notebook's code, and forget the scrubber that it showed before."""
-    page.locator(".sarm-scrubber").evaluate_all("all => all.forEach(element => element.remove())")
+def run_cell(page, widget: str = "sarm-scrubber") -> None:
+    """Run the notebook's code, and forget the widget that it showed before."""
+    page.locator(f".{widget}").evaluate_all("all => all.forEach(element => element.remove())")
     # before that, Lab asks which kernel it should start
     page.locator(".jp-StatusBar-TextItem", has_text="| Idle").wait_for()
     page.locator(".jp-CodeCell .cm-content").first.click()
     page.keyboard.press("Control+Enter")
 
 
-def shows(page, frame: str) -> None:
+def shows(page, frame: str, widget: str = "sarm-scrubber") -> None:
     """Wait until the pictures are those of `episode:frame`."""
-    page.locator(f".sarm-scrubber[data-shown='{frame}']").wait_for()
+    page.locator(f".{widget}[data-shown='{frame}']").wait_for()

@@ -3,6 +3,7 @@
 import io
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import ipywidgets
 import nbformat
@@ -17,6 +18,7 @@ from sarm_lib.explorer import Explorer, Panel, of_scores, packed, picture
 from sarm_lib.progress import Scores
 from sarm_lib.stages import Labels
 
+from . import lab as in_lab
 from .conftest import LENGTHS, ROOT
 from .lab import CHROMIUM, VIEWPORT, jupyter_lab, open_notebook
 
@@ -286,6 +288,7 @@ def test_an_executed_notebook_goes_on_and_stays_small(tiny):
 
 # --- in a browser -----------------------------------------------------------------------------------------------------
 
+run_cell, shows = (partial(act, widget="sarm-explorer") for act in (in_lab.run_cell, in_lab.shows))
 in_browser = pytest.mark.skipif(not CHROMIUM, reason="no Chromium (apt install chromium, or set SARM_CHROMIUM)")
 
 
@@ -321,18 +324,6 @@ def explorer(page):
     page.keyboard.press("Home")
     shows(page, "3:0")
     return explorer
-
-
-def run_cell(page) -> None:
-    page.locator(".sarm-explorer").evaluate_all("all => all.forEach(element => element.remove())")
-    page.locator(".jp-StatusBar-TextItem", has_text="| Idle").wait_for()
-    page.locator(".jp-CodeCell .cm-content").first.click()
-    page.keyboard.press("Control+Enter")
-
-
-def shows(page, frame: str) -> None:
-    """Wait until the pictures are those of `episode:frame`."""
-    page.locator(f".sarm-explorer[data-shown='{frame}']").wait_for()
 
 
 def pixels(explorer) -> list[str]:
