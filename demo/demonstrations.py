@@ -1,17 +1,13 @@
 """Demonstrations as people give them: the benchmark's expert, with one labelled imperfection an episode.
 
 An imperfection is a generator of actions that takes over from the expert for 0.6-1.1 s and stops or reverses progress.
+After it the expert goes on, or, in the episodes that fail, the demonstrator gives up: leaves, or just stands there.
 Every frame is labelled by what the simulator shows afterwards, never by the name of its kind:
 
 productive   progress is being made
 injected     the imperfection acts
 recovering   back to the progress that the imperfection cost
 dead         after a failed episode's best progress
-
-`injected` says when an imperfection acts, not that progress stops: the hand coasts into a pause, and in a sloppy stretch
-the expert's intention comes through. From the first to the last injected frame, 15 of the 17 hesitating episodes and 6 of
-the 16 sloppy ones gain more than 0.02 of true progress, at most 0.11 and 0.20; the failing ones gain at most 0.12 before
-they are dead, and all other kinds lose.
 """
 
 from collections.abc import Callable, Iterator
@@ -57,6 +53,7 @@ class Imperfection:
     def __init__(self, kind: str, rng: np.random.Generator) -> None:
         self.kind, self.rng = kind, rng
         self.frames = int(rng.integers(round(0.6 * FPS), round(1.1 * FPS) + 1))
+        self.give_up: Callable[[AssemblySimulator], Actions] | None = None  # instead of going on with the task
         self.trigger, self.act = self._choose()
 
     def _choose(self) -> tuple[Callable[[Scene, int], bool], Callable[[AssemblySimulator], Actions]]:
@@ -83,18 +80,22 @@ class Imperfection:
             case "sloppy":
                 return lambda _, frame: frame >= start, self._sloppy
             case "failing":
-                ways = [(carrying, self._drop_and_leave), (reaching, self._never_grasp), (at_carry, self._stall)]
-                return ways[int(rng.integers(len(ways)))]
+                trigger, act, self.give_up = (
+                    (carrying, self._drop, self._leave),
+                    (reaching, self._miss, self._leave),
+                    (at_carry, self._hesitate, self._stand),
+                )[int(rng.integers(3))]
+                return trigger, act
         raise ValueError(f"unknown kind of demonstration: {self.kind!r}")
 
     def _hesitate(self, sim: AssemblySimulator) -> Actions:
-        gripper = CLOSE if sim.scene().held else KEEP
+        """Brakes and stays: without braking the hand coasts on."""
+        place, gripper = sim.scene().hand, self._gripper(sim)
         for _ in range(self.frames):
-            yield np.append(self.rng.normal(0, 0.03, 3), gripper)
+            yield towards(sim.scene().hand, place, gripper) + np.append(self.rng.normal(0, 0.03, 3), 0)
 
     def _wander(self, sim: AssemblySimulator) -> Actions:
-        scene = sim.scene()
-        gripper = CLOSE if scene.held else KEEP
+        scene, gripper = sim.scene(), self._gripper(sim)
         goal = scene.peg + PEG_OFFSET if scene.held else scene.handle + GRASP_OFFSET
         away = scene.hand - goal
         away[2] = 0
@@ -131,32 +132,27 @@ class Imperfection:
             yield np.append((0 if stopping else drift) + self.rng.normal(0, 0.03, 3), CLOSE if stopping else RELEASE)
 
     def _sloppy(self, sim: AssemblySimulator) -> Actions:
-        """Shakes about the place where it is; the expert's intention comes through weakly."""
-        expert = new_expert()
-        shake = np.zeros(3)
+        """Shrinks back from where the expert wants to go, and shakes there."""
+        intention = np.clip(new_expert().get_action(sim.expert_observation)[:3], -1, 1)
+        place, gripper, shake = sim.scene().hand - 0.03 * intention, self._gripper(sim), np.zeros(3)
         for _ in range(self.frames):
-            shake = 0.8 * shake + self.rng.normal(0, 0.33, 3)
-            action = np.clip(expert.get_action(sim.expert_observation), -1, 1)
-            yield np.append(np.clip(0.15 * action[:3] + shake, -1, 1), action[3])
+            shake = 0.8 * shake + self.rng.normal(0, 0.2, 3)
+            yield towards(sim.scene().hand, place, gripper) + np.append(shake, 0)
 
-    def _drop_and_leave(self, sim: AssemblySimulator) -> Actions:
-        yield from self._drop(sim)
+    def _leave(self, sim: AssemblySimulator) -> Actions:
         home = np.array([0.0, 0.6, 0.2]) + self.rng.normal(0, 0.02, 3)
         for _ in range(int(self.rng.integers(25, 45))):
             yield towards(sim.scene().hand, home, KEEP, limit=0.6)
 
-    def _never_grasp(self, sim: AssemblySimulator) -> Actions:
-        for _ in range(3):
-            yield from self._miss(sim)
-
-    def _stall(self, sim: AssemblySimulator) -> Actions:
-        for _ in range(self.frames + int(self.rng.integers(15, 35))):
+    def _stand(self, sim: AssemblySimulator) -> Actions:
+        for _ in range(int(self.rng.integers(15, 35))):
             yield np.append(self.rng.normal(0, 0.03, 3), CLOSE)
 
-    @property
-    def final(self) -> bool:
-        """The demonstrator gives up after it."""
-        return self.kind == "failing"
+    @staticmethod
+    def _gripper(sim: AssemblySimulator) -> float:
+        """Holds what is held; fingers that are still closing do not go on."""
+        scene = sim.scene()
+        return CLOSE if scene.held and scene.opening < 0.5 else KEEP
 
 
 class Demonstrator:
@@ -179,20 +175,23 @@ def demonstrate(
 ) -> Demonstration:
     """Record one demonstration; `on_frame` is called before each action (the recorder renders there)."""
     rng = np.random.default_rng([seed, 7])
-    pending = None if kind == "clean" else Imperfection(kind, rng)
-    demonstrator, demonstration, injection = Demonstrator(rng), Demonstration(kind, seed), None
+    imperfection = None if kind == "clean" else Imperfection(kind, rng)
+    demonstrator, demonstration = Demonstrator(rng), Demonstration(kind, seed)
+    injection: Actions | None = None  # what acts instead of the expert, once it has been triggered
+    giving_up: Actions | None = None
     sim.reset(seed)
     while True:
         scene = sim.scene()
-        if pending and injection is None and pending.trigger(scene, len(demonstration.states)):
-            injection = pending.act(sim)
+        if imperfection and injection is None and imperfection.trigger(scene, len(demonstration.states)):
+            injection = imperfection.act(sim)
         action = next(injection, None) if injection else None
-        if injection and action is None:
-            if pending.final:
-                break
-            injection = pending = None
         injected = action is not None
-        if not injected:
+        if injection and not injected and imperfection.give_up:
+            giving_up = giving_up or imperfection.give_up(sim)
+            action = next(giving_up, None)
+            if action is None:
+                break
+        elif not injected:
             action = demonstrator.act(sim.expert_observation, scene)
         action = np.clip(action, -1, 1).astype(np.float32)
         on_frame()

@@ -63,9 +63,8 @@ def record(root: Path) -> None:
     plan, sim = planned_episodes(), AssemblySimulator()
     sim.reset(0)
     sim.render()  # without OpenGL nothing must be lost
-    truth = fit_truth(
-        [demonstrate(sim, kind, seed).scenes for split, kind, seed in plan if (split, kind) == ("train", "clean")]
-    )
+    training = [demonstrate(sim, kind, seed) for split, kind, seed in plan if split == "train"]
+    truth = fit_truth([d.scenes for d in training if d.kind == "clean"], [d.scenes for d in training if d.success])
     truth.save(Path(__file__).with_name("truth.json"))
     rows = []
     with staged(root) as partial:

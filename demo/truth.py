@@ -1,6 +1,6 @@
-"""The demo's ground truth: progress by Eq 2 on the simulator's stages, with ᾱ fixed from clean training episodes.
+"""The demo's ground truth: progress by Eq 2 on the simulator's stages, with ᾱ by Eq 1 over the training episodes that succeed.
 
-    φ_t = P_{k-1} + ᾱ_k · τ_t        ᾱ_k = mean over the clean training episodes of L_{i,k} / T_i        (Eq 1, Eq 2)
+    φ_t = P_{k-1} + ᾱ_k · τ_t        ᾱ_k = mean over the successful training episodes of L_{i,k} / T_i        (Eq 1, Eq 2)
 
 Stage k and the geometric distance that remains in it come from the simulator (`demo.simulator.Scene`). τ is that distance
 on the clock of a clean demonstration: the share of the stage's time that a clean demonstration has spent when as much
@@ -43,13 +43,16 @@ class Truth:
         path.write_text(json.dumps(table, indent=1) + "\n")
 
 
-def fit_truth(clean_episodes: list[list[Scene]]) -> Truth:
-    """Fit ᾱ and the τ curves on clean successful episodes, each a list of scenes that visits every stage once."""
-    shares, remaining, tau = [], [[] for _ in DENSE_STAGES], [[] for _ in DENSE_STAGES]
+def fit_truth(clean_episodes: list[list[Scene]], successful_episodes: list[list[Scene]]) -> Truth:
+    """Fit ᾱ on successful episodes and the τ curves on the clean ones, lists of scenes that visit every stage once."""
+    remaining, tau = [[] for _ in DENSE_STAGES], [[] for _ in DENSE_STAGES]
+    shares = [
+        np.bincount([scene.stage for scene in scenes], minlength=len(DENSE_STAGES)) / len(scenes)
+        for scenes in successful_episodes
+    ]
     for scenes in clean_episodes:
         stages = np.array([scene.stage for scene in scenes])
         assert (np.diff(stages) >= 0).all() and set(stages) == set(range(len(DENSE_STAGES))), "not a clean episode"
-        shares.append(np.bincount(stages, minlength=len(DENSE_STAGES)) / len(stages))
         for k in range(len(DENSE_STAGES)):
             frames = np.flatnonzero(stages == k)
             last = k == len(DENSE_STAGES) - 1

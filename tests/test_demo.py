@@ -61,7 +61,7 @@ def test_an_episode_ends_at_its_success(frames):
 
 
 def test_imperfections_last_as_long_as_people_s(table):
-    imperfect = table[~table.kind.isin(["clean", "failing"])]
+    imperfect = table[table.kind != "clean"]
     assert imperfect.imperfect_frames.between(0.6 * 40, 1.1 * 40).all()
     assert (table[table.kind == "clean"].imperfect_frames == 0).all()
 
@@ -80,7 +80,7 @@ def test_true_progress_is_eq_2_on_the_true_stages(frames):
 def test_true_progress_is_the_clock_on_clean_episodes_stops_in_pauses_and_goes_back_after_a_drop(frames, table):
     by_kind = frames.assign(kind=table.kind.to_numpy()[frames.episode_index])
     clean = by_kind[by_kind.kind == "clean"].groupby("episode_index")["sim.progress"]
-    assert max(np.abs(p - np.linspace(0, 1, len(p))).max() for _, p in clean) < 0.1
+    assert max(np.abs(p - np.linspace(0, 1, len(p))).max() for _, p in clean) < 0.12  # ᾱ is of all kinds
     paused = by_kind[(by_kind.kind == "hesitate") & (by_kind["sim.quality"] == QUALITIES.index("injected"))]
     moved = paused.groupby("episode_index")["sim.progress"].agg(lambda p: p.iloc[-1] - p.iloc[4])
     assert moved.abs().median() < 0.05
@@ -88,21 +88,12 @@ def test_true_progress_is_the_clock_on_clean_episodes_stops_in_pauses_and_goes_b
     assert all((p.cummax() - p).max() > 0.3 for _, p in dropped)
 
 
-def test_what_an_imperfection_gains_is_as_small_as_documented(frames, table):
-    injected = frames.assign(kind=table.kind.to_numpy()[frames.episode_index])
-    injected = injected[injected["sim.quality"] == QUALITIES.index("injected")]
-    progress = injected.groupby(["kind", "episode_index"])["sim.progress"]
-    gain = (progress.last() - progress.first()).groupby("kind")
-    at_most = {"hesitate": 0.11, "sloppy": 0.20, "failing": 0.12}
-    losing = set(KINDS) - {"clean", *at_most}
-    assert all(gain.max()[kind] < bound for kind, bound in at_most.items()) and all(
-        gain.max()[kind] < 0 for kind in losing
-    )
-    more = gain.agg(lambda each: (each > 0.02).sum())
-    assert (more["hesitate"], gain.size()["hesitate"]) == (15, 17) and (more["sloppy"], gain.size()["sloppy"]) == (
-        6,
-        16,
-    )
+def test_an_imperfection_stops_or_reverses_progress(frames, table):
+    for episode in table[table.kind != "clean"].itertuples():
+        mine = frames[frames.episode_index == episode.episode]
+        first = int((mine["sim.quality"] == QUALITIES.index("injected")).to_numpy().argmax())
+        progress = mine["sim.progress"].to_numpy()[first : first + episode.imperfect_frames]
+        assert len(progress) == episode.imperfect_frames and progress[-1] - progress[0] < 0.02, episode
 
 
 def test_quality_labels():
