@@ -2,12 +2,13 @@
 # make lab     open the notebooks              make smoke   ten episodes of your dataset through every notebook
 # make lint    check style                     make lock    renew requirements.lock
 # make scorecard   train and measure the ablations of SARM (about half an hour)
+# make bench   speed beside LeRobot's own code, and memory (a quarter of an hour)
 # make demo    record the demo dataset again (needs OpenGL)
 # Each builds what it needs. PYTHON=/path/to/python3.12 chooses the interpreter.
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: env data repro test lab smoke lint lock demo scorecard clean
+.PHONY: env data repro test lab smoke lint lock demo scorecard bench clean
 
 VENV := .venv
 BIN := $(abspath $(VENV))/bin
@@ -38,6 +39,10 @@ lint: env
 	ruff check .
 	ruff format --check sarm_lib demo tests
 	ruff format --check --line-length 96 notebooks
+
+bench: data
+	python -m benchmarks.speed
+	python -m benchmarks.memory
 
 demo: env
 	python -m demo.record data/demo/assembly

@@ -8,9 +8,9 @@ import hashlib
 import io
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import av
@@ -26,6 +26,7 @@ from sarm_lib.artifacts import digest
 SPLITS = ("train", "val", "test")
 TRUTH = "sim."  # prefix of columns with a simulator's truth: scored against, never learned or chosen from
 REMEDY = "record or download the file again, or delete the episode with lerobot-edit-dataset."
+DECODED_AT_ONCE = 64  # frames
 ANNOTATION_MARK = "subtask"  # columns that an annotated copy adds, and that its frames do not depend on
 
 
@@ -178,39 +179,66 @@ class Dataset:
             )
         return vectors
 
-    def _decode(self, episode: Episode, image_key: str) -> Iterator[np.ndarray]:
-        """An episode's frames from its video file, in order; reading on from the last keyframe before it."""
+    def _video(self, episode: Episode, image_key: str) -> tuple[Path, float]:
+        """The file with an episode's video, and the second in it at which the episode begins."""
         row, prefix = self.table.iloc[episode.index], f"videos/{image_key}"
         path = self.root / self.info["video_path"].format(
             video_key=image_key, chunk_index=row[f"{prefix}/chunk_index"], file_index=row[f"{prefix}/file_index"]
         )
-        first = float(row[f"{prefix}/from_timestamp"])
         if not path.exists():
             raise DatasetError(f"episode {episode.index}, {image_key}: {path.name} is missing; {REMEDY}")
-        expected = 0
+        return path, float(row[f"{prefix}/from_timestamp"])
+
+    def _decode(self, episode: Episode, image_key: str) -> Iterator[np.ndarray]:
+        """An episode's frames from its video file, in order; reading on from the last keyframe before it."""
+        path, first = self._video(episode, image_key)
+        decode, expected = decode_with_torchcodec if torchcodec() else decode_with_pyav, 0
         try:
-            with av.open(str(path)) as container:
-                stream = container.streams.video[0]
-                stream.thread_type = "AUTO"
-                for frame in images_from(container, stream, first + 0.25 / self.fps):
-                    position = (float(frame.pts * stream.time_base) - first) * self.fps
-                    if position < -0.5:
-                        continue
-                    if round(position) != expected:
-                        raise DatasetError(
-                            f"episode {episode.index}, {image_key}: frame {expected} is missing in {path.name}; {REMEDY}"
-                        )
-                    yield frame.to_ndarray(format="rgb24")
-                    expected += 1
-                    if expected == episode.length:
-                        return
-        except (av.FFmpegError, IndexError) as error:
+            for seconds, image in decode(path, first, episode.length, self.fps):
+                if round((seconds - first) * self.fps) != expected:
+                    raise DatasetError(
+                        f"episode {episode.index}, {image_key}: frame {expected} is missing in {path.name}; {REMEDY}"
+                    )
+                yield image
+                expected += 1
+                if expected == episode.length:
+                    return
+        except (av.FFmpegError, IndexError, RuntimeError) as error:
             raise DatasetError(
                 f"episode {episode.index}, {image_key}: {path.name} cannot be decoded ({error}); {REMEDY}"
             ) from error
         raise DatasetError(
             f"episode {episode.index}, {image_key}: {path.name} ends after {expected} of {episode.length} frames; {REMEDY}"
         )
+
+    def content(self, episode: Episode, image_key: str) -> str:
+        """Names what an episode's camera shows, by its bytes: the same in a dataset that has grown. Decodes nothing."""
+        found = hashlib.sha256(str(episode.length).encode())
+        if self.features[image_key]["dtype"] == "image":
+            row = self.table.iloc[episode.index]
+            path = self.root / self.info["data_path"].format(
+                chunk_index=row["data/chunk_index"], file_index=row["data/file_index"]
+            )
+            cells = pq.read_table(path, columns=[image_key], filters=[("episode_index", "=", episode.index)])[image_key]
+            for cell in cells.to_pylist():
+                found.update(cell["bytes"] or (self.root / cell["path"]).read_bytes())
+            return found.hexdigest()[:32]
+        path, first = self._video(episode, image_key)
+        try:
+            with av.open(str(path)) as container:
+                stream = container.streams.video[0]
+                found.update(stream.codec_context.extradata or b"")
+                for packet in packets_from(container, stream, first + 0.25 / self.fps):
+                    if packet.dts is None or packet.dts * stream.time_base >= first + episode.length / self.fps:
+                        break
+                    frame = round((float(packet.pts * stream.time_base) - first) * self.fps)
+                    if frame < episode.length:  # not the next episode's, which a file may list before it is shown
+                        found.update(f"{frame} ".encode() + bytes(packet))
+        except (av.FFmpegError, IndexError) as error:
+            raise DatasetError(
+                f"episode {episode.index}, {image_key}: {path.name} cannot be read ({error}); {REMEDY}"
+            ) from error
+        return found.hexdigest()[:32]
 
     def _read_images(self, episodes: tuple[Episode, ...], image_key: str) -> Iterator[tuple[Episode, np.ndarray]]:
         """Frames of a dataset that stores images instead of videos. A data file is read once, a few rows at a time, for
@@ -259,19 +287,60 @@ def _episodes_of_group(file: pq.ParquetFile, group: int) -> set[int]:
     return set(file.read_row_group(group, columns=["episode_index"])["episode_index"].to_pylist())
 
 
+@cache
+def torchcodec() -> bool:
+    """Whether torchcodec finds FFmpeg's libraries; PyAV brings its own. Both give the same pixels."""
+    try:
+        import torchcodec.decoders  # noqa: F401
+    except (ImportError, OSError, RuntimeError):
+        return False
+    return True
+
+
+def decode_with_torchcodec(path: Path, first: float, length: int, fps: float) -> Iterator[tuple[float, np.ndarray]]:
+    """When each of `length` frames from second `first` on is shown, and its pixels (H, W, 3) uint8."""
+    from torchcodec.decoders import VideoDecoder
+
+    decoder = VideoDecoder(path, dimension_order="NHWC", seek_mode="approximate")
+    for start in range(0, length, DECODED_AT_ONCE):
+        stop = min(start + DECODED_AT_ONCE, length)
+        frames = decoder.get_frames_played_in_range(first + (start + 0.25) / fps, first + (stop - 0.5) / fps)
+        yield from zip(frames.pts_seconds.tolist(), frames.data.numpy(), strict=True)
+
+
+def decode_with_pyav(path: Path, first: float, length: int, fps: float) -> Iterator[tuple[float, np.ndarray]]:
+    """The same, without any library of the system's."""
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        for frame in images_from(container, stream, first + 0.25 / fps):
+            seconds = float(frame.pts * stream.time_base)
+            if seconds > first - 0.5 / fps:
+                yield seconds, frame.to_ndarray(format="rgb24")
+
+
 def images_from(
     container: av.container.InputContainer, stream: av.VideoStream, seconds: float
 ) -> Iterator[av.VideoFrame]:
     """Images of a video from the last keyframe on that is shown at `seconds` or before."""
+    return _from_keyframe(container, stream, seconds, container.decode)
+
+
+def packets_from(container: av.container.InputContainer, stream: av.VideoStream, seconds: float) -> Iterator[av.Packet]:
+    """The same undecoded, in the order of the file."""
+    return _from_keyframe(container, stream, seconds, container.demux)
+
+
+def _from_keyframe(container, stream, seconds: float, read: Callable) -> Iterator:
     back = 0.0
     while True:
         start = max(0.0, seconds - back)
         container.seek(round(start / stream.time_base), backward=True, stream=stream)
-        images = container.decode(stream)
-        first = next(images, None)
+        found = read(stream)
+        first = next(found, None)
         # Files are indexed by decoding time, in which a keyframe may come before frames that are shown before it.
-        if first is None or start == 0 or first.pts * stream.time_base <= seconds:
-            return itertools.chain([first] if first else [], images)
+        if first is None or start == 0 or first.pts is None or first.pts * stream.time_base <= seconds:
+            return itertools.chain([first] if first else [], found)
         back = 2 * back + 1
 
 

@@ -1,33 +1,56 @@
 """The frozen image-text encoder (CLIP) and the embeddings it leaves behind: each frame of each camera encoded once.
 
-`embeddings/` holds one memory-mapped array a camera, (N, E) float32, one for the task texts, and `index.json`, which
-names the dataset and the encoder. After stage 00 nothing decodes a video to score or train a reward model.
+`embeddings/` holds one memory-mapped array a camera, (N, E) float32 or float16, one for the task texts, and `index.json`,
+which names the dataset, the encoder and what each episode shows. After stage 00 nothing decodes a video to score or train
+a reward model, and an episode that was encoded before is not encoded again, also in a dataset that has grown.
 """
 
-from collections.abc import Iterator, Sequence
+import queue
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import batched
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from accelerate import PartialState
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from sarm_lib.artifacts import code_digest, digest, file_digest, is_current, read_json, staged, write_json
-from sarm_lib.dataset import Dataset, DatasetError, fingerprint
+from sarm_lib.artifacts import (
+    PROVENANCE,
+    code_digest,
+    digest,
+    file_digest,
+    is_current,
+    read_json,
+    remove,
+    staged,
+    write_json,
+)
+from sarm_lib.dataset import Dataset, DatasetError, Episode, fingerprint
+from sarm_lib.kernels import freeze
 
 INDEX = "index.json"
+Precision = Literal["fp32", "bf16"]
 
 
 class Encoder:
-    """CLIP's two towers, frozen, in float32."""
+    """CLIP's two towers, frozen. precision: the image tower's, `fp32` or `bf16`; embeddings are float32 in any case."""
 
-    def __init__(self, path: str, device: str, name: str) -> None:
+    def __init__(self, path: str, device: str, name: str, precision: Precision = "fp32") -> None:
         from transformers import AutoTokenizer, CLIPModel  # seconds to load, and only stages that encode need them
         from transformers.models.clip import CLIPImageProcessor
 
-        self.path, self.name, self.device = path, name, torch.device(device)
-        self.model = CLIPModel.from_pretrained(path, dtype=torch.float32).to(self.device).eval().requires_grad_(False)
+        self.path, self.name, self.device, self.precision = path, name, torch.device(device), precision
+        self.model = freeze(CLIPModel.from_pretrained(path, dtype=torch.float32).to(self.device))
+        layers = self.model.vision_model.encoder.layers
+        layers[-1] = PooledLayer(layers[-1])
+        self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        self.model.vision_model.to(self.dtype), self.model.visual_projection.to(self.dtype)
         self.processor = CLIPImageProcessor.from_pretrained(path)
         self.tokenizer = AutoTokenizer.from_pretrained(path)
 
@@ -44,14 +67,32 @@ class Encoder:
     @torch.inference_mode()
     def images(self, images: np.ndarray) -> Tensor:
         """Embed (B, H, W, 3) uint8 images: (B, E) float32 on the CPU."""
-        pixels = self.processor(images=list(torch.from_numpy(images).permute(0, 3, 1, 2)), return_tensors="pt")
-        return _pooled(self.model.get_image_features(**pixels.to(self.device))).cpu()
+        pixels = self.processor(images=torch.from_numpy(images).permute(0, 3, 1, 2), return_tensors="pt").pixel_values
+        return _pooled(self.model.get_image_features(pixels.to(self.device, self.dtype))).float().cpu()
 
     @torch.inference_mode()
     def texts(self, texts: list[str]) -> Tensor:
         """Embed n texts: (n, E) float32 on the CPU."""
         tokens = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(self.device)
         return _pooled(self.model.get_text_features(**tokens)).cpu()
+
+
+class PooledLayer(nn.Module):
+    """CLIP's last image layer, for its first token alone: the embedding is made of no other."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, hidden_states: Tensor, *_, **__) -> Tensor:
+        """(B, L, D) tokens to (B, 1, D)."""
+        layer, attention = self.layer, self.layer.self_attn
+        normed = layer.layer_norm1(hidden_states)
+        projections = ((attention.q_proj, normed[:, :1]), (attention.k_proj, normed), (attention.v_proj, normed))
+        q, k, v = (p(x).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for p, x in projections)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        pooled = hidden_states[:, :1] + attention.out_proj(mixed)
+        return pooled + layer.mlp(layer.layer_norm2(pooled))
 
 
 @dataclass(frozen=True)
@@ -70,13 +111,13 @@ class Embeddings:
 
     def gather(self, rows: np.ndarray, image_keys: tuple[str, ...]) -> Tensor:
         """Image embeddings of frames `rows` (B, T): (B, C, T, E) float32."""
-        return torch.from_numpy(np.stack([self.cameras[key][rows] for key in image_keys], axis=1))
+        return torch.from_numpy(np.stack([self.cameras[key][rows] for key in image_keys], axis=1)).float()
 
 
-def load(path: str, device: str = "cpu", name: str | None = None) -> Encoder:
+def load(path: str, device: str = "cpu", name: str | None = None, precision: Precision = "fp32") -> Encoder:
     """A CLIP encoder from a local folder or the Hub; `name` is what artifacts call it. Raises OSError with what was
     looked for."""
-    return Encoder(path, device, name or path)
+    return Encoder(path, device, name or path, precision)
 
 
 def identity(path: str) -> str | None:
@@ -87,46 +128,65 @@ def identity(path: str) -> str | None:
 
 def from_params(params, device: str) -> Encoder:
     """The encoder that `prepare.encoder` names."""
-    return load(params.encoder, device, params.prepare.encoder)
+    return load(params.encoder, device, params.prepare.encoder, params.prepare.precision)
 
 
-def encode_dataset(
-    dataset: Dataset, encoder: Encoder, folder: Path, batch_size: int, image_keys: Sequence[str] = ()
-) -> dict:
-    """Encode every frame of `dataset` into `folder`, unless it holds exactly that already. Returns the index.
+def ensure_embeddings(folder: Path, params, dataset: Dataset, encoder: Encoder) -> dict:
+    """Make `folder` the embeddings of every frame, unless it is that already. Returns the index.
 
-    image_keys: cameras beside those that the reward model sees. Raises DatasetError for one that does not exist.
+    A stopped run goes on with the episode it was at, and a grown dataset costs its new episodes. Several processes
+    (`sarm_lib.launch`) encode an episode each in turn; what they find does not depend on how many they are. Raises
+    DatasetError for a camera that does not exist.
     """
-    cameras = list(dict.fromkeys([*dataset.image_keys, *image_keys]))
+    settings = params.prepare
+    cameras = list(dict.fromkeys([*dataset.image_keys, *settings.image_keys]))
     for key in cameras:
         if key not in dataset.camera_keys:
             raise DatasetError(
                 f"prepare.image_keys: no camera {key!r}; the dataset has {', '.join(dataset.camera_keys)}"
             )
-    made_from = {
-        "fingerprint": fingerprint(dataset.root),
+    encoding = {
         "encoder": encoder.name,
         "encoder_identity": encoder.identity,
+        "precision": encoder.precision,
+        "dtype": settings.store_dtype,
+        "code": code_digest("encoder"),
+    }
+    made_from = encoding | {
+        "fingerprint": fingerprint(dataset.root),
         "cameras": cameras,
         "episodes": [[episode.index, episode.length] for episode in dataset.episodes],
         "tasks": dataset.tasks,
-        "code": code_digest("encoder"),
     }
     if is_current(folder, made_from):
         return read_json(folder / INDEX)
-    index = {"width": encoder.width, "frames": dataset.num_frames, **made_from}
-    with staged(folder) as partial:
-        partial.mkdir()
-        for key in cameras:
-            store = np.lib.format.open_memmap(
-                partial / f"{key}.npy", mode="w+", dtype=np.float32, shape=(dataset.num_frames, encoder.width)
-            )
-            _encode_camera(dataset, key, encoder, store, batch_size)
-            store.flush()
-        np.save(partial / "tasks.npy", encoder.texts(dataset.tasks).numpy())
-        write_json(partial / INDEX, index)
-        write_json(partial / "provenance.json", made_from)
-    return index
+    processes = PartialState(cpu=encoder.device.type == "cpu")
+    work, known = params.paths.write(f"work/embeddings-{digest(encoding)}"), _known_episodes(folder, encoding)
+    content = {key: [dataset.content(episode, key) for episode in dataset.episodes] for key in cameras}
+    todo = [(key, *pair) for key in cameras for pair in zip(dataset.episodes, content[key]) if pair[1] not in known]
+    mine = todo[processes.process_index :: processes.num_processes]
+    bar = tqdm(total=sum(episode.length for _, episode, _ in mine), desc="encoding", unit="frame", mininterval=5)
+    for key, episode, shown in mine:
+        _encode_episode(dataset, key, episode, encoder, work / f"{shown}.npy", settings)
+        bar.update(episode.length)
+    bar.close()
+    processes.wait_for_everyone()
+    if processes.is_main_process:
+        with staged(folder) as partial:
+            partial.mkdir()
+            for key in cameras:
+                shape = (dataset.num_frames, encoder.width)
+                store = np.lib.format.open_memmap(partial / f"{key}.npy", "w+", settings.store_dtype, shape)
+                for episode, shown in zip(dataset.episodes, content[key], strict=True):
+                    store[episode.rows] = known[shown] if shown in known else np.load(work / f"{shown}.npy")
+                store.flush()
+            np.save(partial / "tasks.npy", encoder.texts(dataset.tasks).numpy())
+            sizes = {"width": encoder.width, "frames": dataset.num_frames}
+            write_json(partial / INDEX, made_from | sizes | {"content": content})
+            write_json(partial / PROVENANCE, made_from)
+        remove(work)
+    processes.wait_for_everyone()
+    return read_json(folder / INDEX)
 
 
 def open_embeddings(folder: Path, dataset: Dataset) -> Embeddings:
@@ -165,24 +225,62 @@ def similarity_by_distance(embeddings: Embeddings, dataset: Dataset, distances: 
     return {d: float((unit(rows) * unit(rows + d)).sum(1).mean()) for d in distances}
 
 
-def _encode_camera(dataset: Dataset, key: str, encoder: Encoder, store: np.ndarray, batch_size: int) -> None:
-    progress, row = tqdm(total=dataset.num_frames, desc=key, unit="frame", mininterval=5), 0
-    for batch in _batches((image for _, image in dataset.iterate_frames(key)), batch_size):
-        store[row : row + len(batch)] = encoder.images(batch).numpy()
-        row += len(batch)
-        progress.update(len(batch))
-    progress.close()
+def _known_episodes(folder: Path, encoding: dict) -> dict[str, np.ndarray]:
+    """What an episode shows: its embeddings (T, E), of those that `folder` has from the same encoder."""
+    index = read_json(folder / INDEX) if (folder / INDEX).exists() else {}
+    if any(index.get(key) != value for key, value in encoding.items()):
+        return {}
+    known = {}
+    for key, contents in index["content"].items():
+        store, row = np.load(folder / f"{key}.npy", mmap_mode="r"), 0
+        for shown, (_, length) in zip(contents, index["episodes"], strict=True):
+            known[shown] = store[row : row + length]
+            row += length
+    return known
 
 
-def _batches(images: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
-    batch: list[np.ndarray] = []
-    for image in images:
-        batch.append(image)
-        if len(batch) == size:
-            yield np.stack(batch)
-            batch = []
-    if batch:
-        yield np.stack(batch)
+def _encode_episode(dataset: Dataset, key: str, episode: Episode, encoder: Encoder, path: Path, settings) -> None:
+    """Embeddings (T, E) of an episode into `path`, unless a stopped run left them. Decodes ahead of the encoder."""
+    if path.exists():
+        return
+    images = ahead((image for _, image in dataset.iterate_frames(key, (episode,))), 2 * settings.encode_batch_size)
+    # Batches end with their episode, so that an embedding is the same to the bit whichever process makes it, and when.
+    found = [encoder.images(np.stack(batch)).numpy() for batch in batched(images, settings.encode_batch_size)]
+    with staged(path) as partial, partial.open("wb") as file:
+        np.save(file, np.concatenate(found).astype(settings.store_dtype))
+
+
+def ahead[T](items: Iterator[T], count: int) -> Iterator[T]:
+    """`items`, of which a thread fetches up to `count` before they are asked for. What it raises is raised here."""
+    ready: queue.Queue = queue.Queue(count)
+    stopped, done = threading.Event(), object()
+
+    def fetch() -> None:
+        try:
+            for item in items:
+                while not stopped.is_set():
+                    with suppress(queue.Full):
+                        ready.put((item, None), timeout=0.1)
+                        break
+                if stopped.is_set():
+                    return
+            ready.put((done, None))
+        except BaseException as error:
+            ready.put((done, error))
+
+    thread = threading.Thread(target=fetch, daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = ready.get()
+            if error is not None:
+                raise error
+            if item is done:
+                return
+            yield item
+    finally:
+        stopped.set()
+        thread.join()
 
 
 def _pooled(output) -> Tensor:

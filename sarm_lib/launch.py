@@ -1,8 +1,11 @@
 """The long stages on many GPUs, from `params.yaml` alone; the notebook then shows what came of it.
 
-    accelerate launch -m sarm_lib.launch train          on as many GPUs as `accelerate config` was told
+    accelerate launch -m sarm_lib.launch encode         stage 00's embeddings, an episode a process in turn
+    accelerate launch -m sarm_lib.launch train          stage 03's training, a batch shared among the processes
+    accelerate launch -m sarm_lib.launch score          stage 05's progress, a block of episodes a process in turn
 
-The functions are those that the notebooks call.
+They run on as many GPUs and machines as `accelerate config` was told. The functions are those that the notebooks call, and
+what they make does not depend on how many processes there are (training: but for rounding).
 """
 
 import argparse
@@ -10,10 +13,29 @@ import json
 import logging
 from pathlib import Path
 
-from sarm_lib import dataset, encoder, lerobot_io, training
+from sarm_lib import checkpoint, dataset, encoder, lerobot_io, progress, training
 from sarm_lib.params import load
 
 log = logging.getLogger("sarm")
+
+
+def encode(params) -> Path:
+    """Stage 00's embeddings. Returns their folder."""
+    folder, clip = (
+        params.paths.write("embeddings"),
+        encoder.from_params(params, dataset.pick_device(params.base.device)),
+    )
+    encoder.ensure_embeddings(folder, params, dataset.from_params(params), clip)
+    return folder
+
+
+def score(params) -> Path:
+    """Stage 05's progress of every frame. Returns its file."""
+    demos, path = dataset.from_params(params), params.paths.write("sarm_progress.parquet")
+    embeddings = encoder.open_embeddings(params.paths.read("embeddings", "00_prepare"), demos)
+    model, named = checkpoint.reward_model_of(params, dataset.pick_device(params.base.device))
+    progress.ensure_progress(path, params, demos, embeddings, model, named)
+    return path
 
 
 def train(params) -> Path:
@@ -31,14 +53,17 @@ def train(params) -> Path:
     return folder
 
 
+STAGES = {"encode": encode, "train": train, "score": score}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["train"])
+    parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--params-file", default="params.yaml")
     parser.add_argument("--overrides", default={}, type=json.loads, help='such as {"sarm.steps": 5000}')
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    log.info("%s", train(load(arguments.params_file, arguments.overrides)))
+    log.info("%s", STAGES[arguments.stage](load(arguments.params_file, arguments.overrides)))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sarm_lib.kernels import linear
 from sarm_lib.windows import Windows, WindowSpec
 
 HEADS = ("sparse", "dense")
@@ -64,23 +65,26 @@ class StreamTransformer(nn.Module):
         )
         self.heads = nn.ModuleDict({head: nn.Linear(width, size) for head, size in outputs.items()})
 
-    def features(self, windows: Windows, last: Sequence[Tensor] = ()) -> list[Tensor]:
-        """What the heads read, (B, T, D).
+    def features(self, windows: Windows, last: Sequence[Tensor] = (), read: slice = slice(None)) -> list[Tensor]:
+        """What the heads read at positions `read`, (B, n, D); nothing is computed that does not reach them.
 
         last: alternatives (B, T, ≤ D) for one more stream, zero-padded to the width; there is a result for each. They do
         not see each other, so every result is that of a pass of its own, while the streams before them are computed once.
         """
         x = self.embed(windows, last)
         batch, streams, length, width = x.shape
-        shared, tokens = streams - len(last), streams * length
-        padding = ~windows.valid[:, None].expand(batch, streams, length).reshape(batch, -1)
-        hidden = torch.ones(tokens, tokens, dtype=torch.bool, device=x.device).triu(1)
-        for i in range(len(last)):
-            mine = slice((shared + i) * length, (shared + i + 1) * length)
-            hidden[mine, shared * length : mine.start] = True
-        h = self.transformer(x.reshape(batch, -1, width), mask=hidden, src_key_padding_mask=padding)
-        h = h.view(batch, streams, length, width).transpose(1, 2)
-        return [self._fuse(h[:, :, :shared], h[:, :, shared + i, None]) for i in range(len(last))] or [self._fuse(h)]
+        shared, asked = streams - len(last), torch.arange(length, device=x.device)[read]
+        # Attention is causal over the flat order: late positions of a stream that no other one follows reach nothing.
+        kept = torch.ones(streams, length, dtype=torch.bool, device=x.device)
+        kept[shared if last else -1 :, asked[-1] + 1 :] = False
+        number = kept.flatten().cumsum(0).view(streams, length) - 1
+        kept = kept.flatten()
+        seen = _seen(shared, len(last), length, x.device)[kept][:, kept]
+        valid = windows.valid[:, None].expand(batch, streams, length).flatten(1)[:, kept]
+        h = _run(self.transformer.layers, x.flatten(1, 2)[:, kept], seen, valid, number[:, asked].flatten())
+        h = h.view(batch, streams, len(asked), width).transpose(1, 2)
+        before, alternatives = h[:, :, :shared], h[:, :, shared:]
+        return [self._fuse(before, x) for x in alternatives.split(1, dim=2)] if last else [self._fuse(before)]
 
     def _fuse(self, *streams: Tensor) -> Tensor:
         return self.fusion_backbone(torch.cat(streams, dim=2).flatten(2))
@@ -95,8 +99,67 @@ class StreamTransformer(nn.Module):
         return torch.cat(streams, dim=1)
 
 
+def _seen(shared: int, alternatives: int, length: int, device: torch.device) -> Tensor:
+    """(L, L) bool over the flat order of streams: which tokens (columns) a token (row) may attend to."""
+    tokens = (shared + alternatives) * length
+    seen = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
+    for i in range(alternatives):
+        mine = slice((shared + i) * length, (shared + i + 1) * length)
+        seen[mine, shared * length : mine.start] = False
+    return seen
+
+
+class _Packing:
+    """Tokens (B, L, D) as rows (M, D) and back, without those that are not `valid` (B, L), which come back as zeros."""
+
+    def __init__(self, valid: Tensor) -> None:
+        self.shape, self.rows = valid.shape, None if valid.all() else valid.flatten().nonzero().squeeze(1)
+
+    def pack(self, x: Tensor) -> Tensor:
+        return x.flatten(0, 1) if self.rows is None else x.flatten(0, 1)[self.rows]
+
+    def unpack(self, x: Tensor) -> Tensor:
+        if self.rows is not None:
+            x = x.new_zeros(self.shape.numel(), x.shape[-1]).index_copy(0, self.rows, x)
+        return x.view(*self.shape, -1)
+
+
+def _run(layers: nn.ModuleList, x: Tensor, seen: Tensor, valid: Tensor, read: Tensor) -> Tensor:
+    """The transformer's layers on tokens (B, L, D), and of the last one only tokens `read` (n,): (B, n, D).
+
+    seen: (L, L) bool, which tokens (columns) a token (row) attends to. valid: (B, L) bool, False for padded positions,
+    which nothing attends to and no matrix product is spent on.
+    """
+    mask, every, asked = (seen & valid[:, None])[:, None], _Packing(valid), _Packing(valid[:, read])
+    h = every.pack(x)
+    for layer in layers[:-1]:
+        h = _layer(layer, h, every, h, every, mask)
+    query = asked.pack(every.unpack(h)[:, read])
+    return asked.unpack(_layer(layers[-1], query, asked, h, every, mask[:, :, read]))
+
+
+def _layer(
+    layer: nn.TransformerEncoderLayer, query: Tensor, asked: _Packing, h: Tensor, every: _Packing, mask: Tensor
+) -> Tensor:
+    """One layer for the rows `query` (n, D), which attend to the rows `h` (M, D) as far as `mask` (B, 1, n, L) lets them."""
+    attention, width = layer.self_attn, h.shape[-1]
+    weight, bias = attention.in_proj_weight, attention.in_proj_bias
+    q = asked.unpack(linear(query, weight[:width], bias[:width]))
+    k, v = every.unpack(linear(h, weight[width:], bias[width:])).chunk(2, dim=-1)
+    q, k, v = (part.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for part in (q, k, v))
+    mixed = F.scaled_dot_product_attention(q, k, v, mask, attention.dropout if layer.training else 0.0)
+    mixed = _apply(attention.out_proj, asked.pack(mixed.transpose(1, 2).flatten(2)))
+    h = layer.norm1(query + layer.dropout1(mixed))
+    wide = layer.dropout(torch.relu(_apply(layer.linear1, h)))
+    return layer.norm2(h + layer.dropout2(_apply(layer.linear2, wide)))
+
+
+def _apply(layer: nn.Linear, x: Tensor) -> Tensor:
+    return linear(x, layer.weight, layer.bias)
+
+
 class Prediction(NamedTuple):
-    """Of one head at every position: stage probabilities (B, T, K), argmax stage (B, T), τ (B, T)."""
+    """Of one head at n positions: stage probabilities (B, n, K), argmax stage (B, n), τ (B, n)."""
 
     probabilities: Tensor
     stage: Tensor
@@ -114,29 +177,32 @@ class Sarm(nn.Module):
         self.stage_model = StreamTransformer(spec, classes)
         self.subtask_model = StreamTransformer(spec, dict.fromkeys(HEADS, 1), last_streams=1)
 
-    def stage_logits(self, windows: Windows, heads: Sequence[str]) -> dict[str, Tensor]:
-        """Of each head (B, T, K). The heads share one pass; one stage needs none: its softmax is 1 whatever the logit, and
-        its loss has no gradient."""
-        batch, _, length, _ = windows.images.shape
+    def stage_logits(self, windows: Windows, heads: Sequence[str], read: slice = slice(None)) -> dict[str, Tensor]:
+        """Of each head at positions `read` (B, n, K). The heads share one pass; one stage needs none: its softmax is 1
+        whatever the logit, and its loss has no gradient."""
         several = [head for head in heads if self.spec.num_stages(head) > 1]
-        features = self.stage_model.features(windows)[0] if several else None
+        features = self.stage_model.features(windows, read=read)[0] if several else None
         return {
             head: self.stage_model.heads[head](features)
             if head in several
-            else windows.images.new_zeros(batch, length, 1)
+            else torch.zeros_like(windows.state[:, read, :1])
             for head in heads
         }
 
-    def tau(self, windows: Windows, stage: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Of each head τ (B, T) in [0, 1], given its stages (B, T) int64."""
-        one_hot = [F.one_hot(k, self.spec.num_stages(head)).to(windows.images.dtype) for head, k in stage.items()]
-        features = self.subtask_model.features(windows, one_hot)
+    def tau(self, windows: Windows, stage: dict[str, Tensor], read: slice = slice(None)) -> dict[str, Tensor]:
+        """Of each head τ at positions `read` (B, n) in [0, 1], given its stages (B, ≤ T) int64 up to there."""
+        later = windows.state.shape[1] - next(iter(stage.values())).shape[1]
+        one_hot = [F.one_hot(F.pad(k, (0, later)), self.spec.num_stages(head)) for head, k in stage.items()]
+        features = self.subtask_model.features(windows, one_hot, read)
         heads = self.subtask_model.heads
         return {head: torch.sigmoid(heads[head](x)).squeeze(-1) for head, x in zip(stage, features, strict=True)}
 
-    def predict(self, windows: Windows, heads: Sequence[str]) -> dict[str, Prediction]:
-        """k̂ = argmax of the stage head, τ̂ given k̂."""
-        probabilities = {head: logits.softmax(-1) for head, logits in self.stage_logits(windows, heads).items()}
+    def predict(self, windows: Windows, heads: Sequence[str], position: int | None = None) -> dict[str, Prediction]:
+        """k̂ = argmax of the stage head, τ̂ given k̂: at every position, or at one."""
+        until, read = (slice(None),) * 2 if position is None else (slice(position + 1), slice(position, position + 1))
+        logits = self.stage_logits(windows, heads, until)  # τ sees the stages up to its own position
+        probabilities = {head: x.softmax(-1) for head, x in logits.items()}
         stage = {head: p.argmax(-1) for head, p in probabilities.items()}
-        tau = self.tau(windows, stage)
-        return {head: Prediction(probabilities[head], stage[head], tau[head]) for head in heads}
+        tau = self.tau(windows, stage, read)
+        shown = slice(None) if position is None else slice(position, None)
+        return {head: Prediction(probabilities[head][:, shown], stage[head][:, shown], tau[head]) for head in heads}

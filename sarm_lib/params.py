@@ -69,6 +69,8 @@ class Prepare(Section):
     encoder: str  # Hugging Face CLIP: a folder or a Hub id
     image_keys: list[str]  # cameras to encode beside the reward model's, for annotators
     encode_batch_size: Positive
+    precision: Literal["fp32", "bf16"]  # of the image tower
+    store_dtype: Literal["float32", "float16"]  # of the embeddings on disk
     num_visualizations: Annotated[int, Field(ge=0)]
 
 
@@ -167,6 +169,7 @@ class Rabc(Section):
     head_mode: Literal["sparse", "dense", "both"]
     stride: Positive
     batch_size: Positive
+    precision: Literal["fp32", "bf16"]  # of scoring
     kappa: float
     epsilon: Rate
     delta_frames: Positive | None  # Δ; None takes the policy's chunk size

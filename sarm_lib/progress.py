@@ -15,17 +15,20 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from sarm_lib.artifacts import PARQUET_KEY, code_digest, read_provenance, staged
+from sarm_lib.artifacts import PARQUET_KEY, code_digest, digest, read_provenance, remove, staged
 from sarm_lib.checkpoint import RewardModel
 from sarm_lib.dataset import Dataset, Episode
-from sarm_lib.encoder import Embeddings
+from sarm_lib.encoder import Embeddings, Precision
 from sarm_lib.model import Sarm
 from sarm_lib.stages import Labels, progress
 from sarm_lib.windows import FrameStore, pad_state
 
 log = logging.getLogger("sarm")
+
+BLOCK = 4096  # frames
 
 
 @dataclass(frozen=True)
@@ -87,8 +90,12 @@ def score(
     batch_size: int = 256,
     quiet: bool = True,
     text: torch.Tensor | None = None,
+    precision: Precision = "fp32",
 ) -> dict[str, Scores]:
-    """Predict stage, τ and φ of the frames `rows` (n,) with each of `heads`; `text` (E,) is said instead of their tasks."""
+    """Predict stage, τ and φ of the frames `rows` (n,) with each of `heads`; `text` (E,) is said instead of their tasks.
+
+    precision: of the transformers' matrix products.
+    """
     window, parts = sarm.spec.window, {head: [] for head in heads}
     device = next(sarm.parameters()).device
     sarm.eval()
@@ -98,8 +105,11 @@ def score(
         frames = window.observed(batch - start, length) + start[:, None]
         said = store.task_texts(batch) if text is None else text.expand(len(batch), -1)
         windows = store.gather(frames, np.full(len(batch), window.length), said).to(device)
-        for head, prediction in sarm.predict(windows, heads).items():
-            parts[head].append([tensor[:, window.position].cpu().numpy() for tensor in prediction])
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            predictions = sarm.predict(windows, heads, window.position)
+        for head, (probabilities, stage, tau) in predictions.items():
+            columns = probabilities.float(), stage, tau.float()
+            parts[head].append([tensor[:, 0].cpu().numpy() for tensor in columns])
     found = {}
     for head, columns in parts.items():
         probabilities, stage, tau = (np.concatenate(column) for column in zip(*columns, strict=True))
@@ -117,20 +127,35 @@ def score_episodes(
     batch_size: int = 256,
     quiet: bool = True,
     text: torch.Tensor | None = None,
+    precision: Precision = "fp32",
 ) -> dict[tuple[int, str], Scores]:
     """Scores of every frame of some episodes, by episode and head.
 
     With a `stride`, every n-th and the last frame of an episode are predicted and the rest is interpolated (φ, τ and
     probabilities linearly, the stage from the nearest predicted frame).
     """
-    asked = [np.unique(np.append(np.arange(0, e.length, stride), e.length - 1)) for e in episodes]
-    rows = np.concatenate([episode.row + frames for episode, frames in zip(episodes, asked, strict=True)])
-    scores, found = score(sarm, store, rows, heads, batch_size, quiet, text), {}
-    ends = np.cumsum([len(frames) for frames in asked])
-    for head, of_all in scores.items():
-        for episode, frames, end in zip(episodes, asked, ends, strict=True):
-            mine = Scores(*(getattr(of_all, field.name)[end - len(frames) : end] for field in fields(Scores)))
-            found[episode.index, head] = mine if stride == 1 else _interpolated(mine, frames, episode.length)
+    found = {}
+    for block in blocks(episodes):
+        asked = [np.unique(np.append(np.arange(0, e.length, stride), e.length - 1)) for e in block]
+        rows = np.concatenate([episode.row + frames for episode, frames in zip(block, asked, strict=True)])
+        ends = np.cumsum([len(frames) for frames in asked])
+        for head, of_all in score(sarm, store, rows, heads, batch_size, quiet, text, precision).items():
+            for episode, frames, end in zip(block, asked, ends, strict=True):
+                mine = Scores(*(getattr(of_all, field.name)[end - len(frames) : end] for field in fields(Scores)))
+                found[episode.index, head] = mine if stride == 1 else _interpolated(mine, frames, episode.length)
+    return found
+
+
+def blocks(episodes: Sequence[Episode], frames: int = BLOCK) -> list[list[Episode]]:
+    """Episodes in order, in blocks of at least so many frames. A batch never crosses a block, so that scores are the same
+    to the bit however many processes share the blocks."""
+    found, room = [], 0
+    for episode in episodes:
+        if room <= 0:
+            found.append([])
+            room = frames
+        found[-1].append(episode)
+        room -= episode.length
     return found
 
 
@@ -156,7 +181,11 @@ def errors(
 def ensure_progress(
     path: Path, params, dataset: Dataset, embeddings: Embeddings, model: RewardModel, reward_model_path: str
 ) -> str:
-    """Make `path` the progress of `dataset` by `model`, unless it is that already. Returns which it was, in words."""
+    """Make `path` the progress of `dataset` by `model`, unless it is that already. Returns which it was, in words.
+
+    Several processes (`sarm_lib.launch`) share the blocks of episodes; a block that is done is kept, so that a stopped run
+    goes on.
+    """
     heads = model.spec.heads if params.rabc.head_mode == "both" else (params.rabc.head_mode,)
     if not set(heads) <= set(model.spec.heads):
         raise ValueError(
@@ -170,15 +199,29 @@ def ensure_progress(
         "episodes": [episode.index for episode in dataset.episodes],
         "heads": list(heads),
         "stride": params.rabc.stride,
+        "precision": params.rabc.precision,
         "code": code_digest("progress"),
     }
     if path.exists() and read_provenance(path) == provenance:
         return f"kept the progress of {dataset.num_frames:,} frames that this model gave before"
     store = frame_store(dataset, embeddings, model)
     stride, batch_size = params.rabc.stride, params.rabc.batch_size
-    scores = score_episodes(model.sarm, store, dataset.episodes, heads, stride, batch_size, quiet=False)
-    found = {head: np.concatenate([scores[e.index, head].progress for e in dataset.episodes]) for head in heads}
-    write_progress(path, dataset, found, provenance)
+    processes = PartialState(cpu=next(model.sarm.parameters()).device.type == "cpu")
+    work, todo = params.paths.write(f"work/progress-{digest(provenance)}"), list(enumerate(blocks(dataset.episodes)))
+    mine = todo[processes.process_index :: processes.num_processes]
+    for number, block in tqdm(mine, desc="scoring", unit="block", mininterval=5):
+        if (work / f"{number}.npz").exists():
+            continue
+        scores = score_episodes(model.sarm, store, block, heads, stride, batch_size, precision=params.rabc.precision)
+        found = {head: np.concatenate([scores[e.index, head].progress for e in block]) for head in heads}
+        with staged(work / f"{number}.npz") as partial, partial.open("wb") as file:
+            np.savez(file, **found)
+    processes.wait_for_everyone()
+    if processes.is_main_process:
+        parts = [np.load(work / f"{number}.npz") for number, _ in todo]
+        write_progress(path, dataset, {head: np.concatenate([p[head] for p in parts]) for head in heads}, provenance)
+        remove(work)
+    processes.wait_for_everyone()
     return f"scored {dataset.num_frames:,} frames"
 
 

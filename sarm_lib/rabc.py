@@ -4,7 +4,7 @@
     w̃_t = clip((r_t - (μ - 2σ)) / (4σ + ε), 0, 1)        μ ← max(μ, 0)                          Eq 8
     w_t = 1{r_t > κ} + 1{0 ≤ r_t ≤ κ} · w̃_t                                                    Eq 9
 
-Vectorised over the file's columns; no frame is looked at alone.
+Vectorised over the file's columns; no frame is looked at alone, and what is needed beside the columns is small.
 """
 
 import json
@@ -21,6 +21,8 @@ from sarm_lib.artifacts import PARQUET_KEY, read_provenance, staged
 from sarm_lib.dataset import Dataset, episode_table, fingerprint
 
 Head = Literal["sparse", "dense"]
+End = Literal["hold", "shrink"]
+BLOCK = 1 << 18  # frames that are looked at together
 
 
 @dataclass(frozen=True)
@@ -55,33 +57,46 @@ class RabcWeights:
         }
 
 
-def deltas(
-    progress: np.ndarray, episode_index: np.ndarray, delta_frames: int, end: Literal["hold", "shrink"] = "hold"
-) -> np.ndarray:
+def deltas(progress: np.ndarray, episode_index: np.ndarray, delta_frames: int, end: End = "hold") -> np.ndarray:
     """r (N,) float32 by Eq 6 for frames in the order of their episodes.
 
     Within Δ of an episode's end there is no o_{t+Δ}. `hold` gives these frames the r of the last full window, so that
     the frames that finish the task are not worthless; in an episode shorter than Δ it scales its whole gain to Δ.
     `shrink` is LeRobot's: r goes to 0 towards the end.
     """
-    n = len(progress)
-    starts = np.flatnonzero(np.r_[True, episode_index[1:] != episode_index[:-1]])
-    lengths = np.diff(np.r_[starts, n])
-    first, last = np.repeat(starts, lengths), np.repeat(starts + lengths - 1, lengths)
-    frame = np.arange(n)
-    if end == "shrink":
-        return progress[np.minimum(frame + delta_frames, last)] - progress[frame]
-    frame = np.maximum(np.minimum(frame, last - delta_frames), first)
-    horizon = np.minimum(delta_frames, last - first)  # shorter than Δ only where the whole episode is
-    gain = progress[frame + horizon] - progress[frame]
-    return (gain * (delta_frames / np.maximum(horizon, 1))).astype(np.float32)
+    starts, found = _starts(episode_index), np.empty(len(progress), dtype=np.float32)
+    ends = np.r_[starts[1:], len(progress)]
+    for block in np.array_split(
+        np.arange(len(starts)), len(progress) // BLOCK + 1
+    ):  # whole episodes: bounds the memory
+        if not len(block):
+            continue
+        rows = slice(starts[block[0]], ends[block[-1]])
+        lengths = ends[block] - starts[block]
+        first, last = np.repeat(starts[block], lengths), np.repeat(ends[block] - 1, lengths)
+        frame = np.arange(rows.start, rows.stop)
+        if end == "shrink":
+            found[rows] = progress[np.minimum(frame + delta_frames, last)] - progress[frame]
+            continue
+        frame = np.maximum(np.minimum(frame, last - delta_frames), first)
+        horizon = np.minimum(delta_frames, last - first)  # shorter than Δ only where the whole episode is
+        found[rows] = (progress[frame + horizon] - progress[frame]) * (delta_frames / np.maximum(horizon, 1))
+    return found
+
+
+def _starts(episode_index: np.ndarray) -> np.ndarray:
+    """The first row of each episode."""
+    return np.flatnonzero(np.r_[True, episode_index[1:] != episode_index[:-1]])
 
 
 def weights(delta: np.ndarray, mean: float, std: float, kappa: float, epsilon: float) -> np.ndarray:
     """w (N,) float32 in [0, 1] by Eq 8 and Eq 9 from r (N,), μ and σ."""
     mean, std = max(mean, 0.0), max(std, epsilon)
-    soft = np.clip((delta - (mean - 2 * std)) / (4 * std + epsilon), 0.0, 1.0)
-    return np.where(delta > kappa, 1.0, np.where(delta >= 0, soft, 0.0)).astype(np.float32)
+    weight = (delta - (mean - 2 * std)) / (4 * std + epsilon)
+    np.clip(weight, 0.0, 1.0, out=weight)
+    weight[delta < 0] = 0.0
+    weight[delta > kappa] = 1.0
+    return weight.astype(np.float32, copy=False)
 
 
 def compute(
@@ -92,8 +107,9 @@ def compute(
     epsilon: float,
     train_episodes: list[int],
     dataset_fingerprint: str | None = None,
+    end: End = "hold",
 ) -> RabcWeights:
-    """Weights from a progress file; μ and σ come from `train_episodes` alone.
+    """Weights from a progress file; μ and σ come from `train_episodes` alone. end: see `deltas`.
 
     Raises ValueError for a file of another dataset, without this head, or with a value that is not finite.
     """
@@ -109,21 +125,36 @@ def compute(
         raise ValueError(
             f"{path.name} has no {column}; it has {', '.join(n for n in names if n.startswith('progress'))}"
         )
-    table = pq.read_table(path, columns=["index", "episode_index", "frame_index", column]).sort_by("index")
-    index, episode_index, frame_index, progress = (table[name].to_numpy() for name in table.column_names)
+    index, episode_index, frame_index, progress = _in_order(path, ["index", "episode_index", "frame_index", column])
     bad = np.flatnonzero(~np.isfinite(progress))
     if len(bad):
         raise ValueError(
             f"{path.name}: {column} is not finite in {len(bad)} frames, first in episode {episode_index[bad[0]]} at frame "
             f"{frame_index[bad[0]]}: score these frames again (notebook 05) or delete the episode"
         )
-    delta = deltas(progress, episode_index, delta_frames)
-    train = np.isin(episode_index, train_episodes)
+    delta = deltas(progress, episode_index, delta_frames, end)
+    starts = _starts(episode_index)
+    train = np.repeat(np.isin(episode_index[starts], train_episodes), np.diff(np.r_[starts, len(index)]))
     if not train.any():
         raise ValueError(f"{path.name} has no frame of a training episode")
     mean, std = max(float(delta[train].mean()), 0.0), max(float(delta[train].std()), epsilon)
     weight = weights(delta, mean, std, kappa, epsilon)
     return RabcWeights(index, episode_index, frame_index, delta, weight, mean, std, delta_frames, kappa, epsilon)
+
+
+def _in_order(path: Path, columns: list[str]) -> list[np.ndarray]:
+    """Columns of a Parquet file by ascending `index`, the first of them; nothing is held twice on the way."""
+    with pq.ParquetFile(path) as file:
+        dtypes = [file.schema_arrow.field(name).type.to_pandas_dtype() for name in columns]
+        found, row = [np.empty(file.metadata.num_rows, dtype) for dtype in dtypes], 0
+        for batch in file.iter_batches(BLOCK, columns=columns):
+            for name, values in zip(columns, found, strict=True):
+                values[row : row + len(batch)] = batch[name].to_numpy(zero_copy_only=False)
+            row += len(batch)
+    if (found[0][1:] < found[0][:-1]).any():
+        order = np.argsort(found[0], kind="stable")
+        found = [values[order] for values in found]
+    return found
 
 
 def head_of(params) -> Head:

@@ -92,6 +92,11 @@ class Windows(NamedTuple):
     state: Tensor  # (B, T, S) normalised, padded to `max_state_dim`
     lengths: Tensor  # (B,) valid positions
 
+    def showing(self, inputs: tuple[str, ...]) -> "Windows":
+        """The same with zeros in place of `images` or `state`, where a model is not shown them."""
+        images = self.images if "images" in inputs else torch.zeros_like(self.images)
+        return self._replace(images=images, state=self.state if "state" in inputs else torch.zeros_like(self.state))
+
     def to(self, device: torch.device) -> "Windows":
         return Windows(*(tensor.to(device, non_blocking=True) for tensor in self))
 
@@ -120,9 +125,7 @@ class FrameStore:
     def gather(self, rows: np.ndarray, lengths: np.ndarray, text: Tensor) -> Windows:
         """Windows of dataset rows (B, T), of which `lengths` (B,) are valid, with texts (B, E)."""
         images, state = self.embeddings.gather(rows, self.image_keys), self.states[torch.from_numpy(rows)]
-        images = images if "images" in self.inputs else torch.zeros_like(images)
-        state = state if "state" in self.inputs else torch.zeros_like(state)
-        return Windows(images, text, state, torch.from_numpy(lengths))
+        return Windows(images, text, state, torch.from_numpy(lengths)).showing(self.inputs)
 
 
 def pad_state(state: Tensor, width: int) -> Tensor:

@@ -1,8 +1,11 @@
 """A tiny dataset, a tiny encoder and a tiny project: everything runs on them in seconds, without network or GPU."""
 
+import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -33,8 +36,9 @@ def make_dataset(
     seed: int = 0,
     files: int = 1,
     state_keys: tuple[str, ...] = ("observation.state",),
+    lengths: tuple[int, ...] = LENGTHS,
 ) -> Path:
-    """A LeRobot v3 dataset of eight short episodes: a bright square crosses the picture, `sim.*` columns ride along.
+    """A LeRobot v3 dataset of short episodes: a bright square crosses the picture, `sim.*` columns ride along.
 
     files > 1 spreads it over several data, video and episode files. The i-th of `state_keys` is the state plus 100 i.
     """
@@ -64,8 +68,22 @@ def make_dataset(
         data_files_size_in_mb=0.001 if files > 1 else None,
         metadata_buffer_size=2 if files > 1 else 10,
     )
+    _record(dataset, lengths, seed, state_keys)
+    return root
+
+
+def grow_dataset(root: Path, lengths: tuple[int, ...]) -> None:
+    """Add episodes to a dataset of `make_dataset`, as LeRobot does when a recording goes on."""
+    from lerobot.configs.video import RGBEncoderConfig
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    codec = RGBEncoderConfig(vcodec="h264", crf=18, g=5)
+    _record(LeRobotDataset.resume("test/tiny", root=root, rgb_encoder=codec), lengths, 1)
+
+
+def _record(dataset, lengths: tuple[int, ...], seed: int, state_keys: tuple[str, ...] = ("observation.state",)) -> None:
     rng = np.random.default_rng(seed)
-    for episode, length in enumerate(LENGTHS):
+    for episode, length in enumerate(lengths):
         for t in range(length):
             progress = t / (length - 1)
             image = rng.integers(0, 40, (32, 32, 3), dtype=np.uint8)
@@ -82,7 +100,6 @@ def make_dataset(
             dataset.add_frame(frame)
         dataset.save_episode()
     dataset.finalize()
-    return root
 
 
 def make_encoder(folder: Path, width: int = 512) -> Path:
@@ -212,6 +229,18 @@ def run_notebook(project: Path, name: str, overrides: dict | None = None) -> dic
     finally:
         os.chdir(before)
     return variables
+
+
+def launch(project: Path, processes: int, stage: str, overrides: dict | None = None) -> None:
+    """Run a stage of `sarm_lib.launch` in a project with so many CPU processes."""
+    options = ["--cpu", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+    options += [f"--num_processes={processes}", "--num_cpu_threads_per_process=1"]
+    options += ["--main_process_port=0"] if processes > 1 else []
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options, "-m", "sarm_lib.launch", stage]
+    command += ["--overrides", json.dumps(overrides or {})]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=project, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def chapters() -> list[str]:

@@ -108,6 +108,65 @@ def test_padding_and_the_future_change_nothing_before_them():
     torch.testing.assert_close(one[batch.valid], two[batch.valid])
 
 
+def plain(model, windows, last=()):
+    """PyTorch's own transformer over every token, padded ones too: what `StreamTransformer.features` must equal."""
+    x = model.embed(windows, last)
+    batch, streams, length, width = x.shape
+    causal = torch.ones(streams * length, streams * length, dtype=torch.bool).triu(1)
+    padded = ~windows.valid[:, None].expand(batch, streams, length).flatten(1)
+    h = model.transformer(x.flatten(1, 2), mask=causal, src_key_padding_mask=padded)
+    return model.fusion_backbone(h.view(batch, streams, length, width).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("options", [{}, {"kind": "past"}, {"cameras": 2}])
+def test_what_is_not_computed_changes_nothing(options):
+    """Padded positions, streams shared by two heads, and all that does not reach the position that is read."""
+    ours = reward_model(spec(**options)).sarm.train()  # without dropout; `eval` has PyTorch skip work too
+    for module in ours.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    for layer in [*ours.stage_model.transformer.layers, *ours.subtask_model.transformer.layers]:
+        layer.self_attn.dropout = 0.0
+    for lengths in ([9, 13, 10], [9, 9], [13]):
+        batch = windows(ours.spec, lengths)
+        whole = plain(ours.stage_model, batch)
+        (found,) = ours.stage_model.features(batch)
+        torch.testing.assert_close(found[batch.valid], whole[batch.valid], atol=1e-6, rtol=1e-6)
+        one_hot = [torch.nn.functional.one_hot(torch.randint(0, k, batch.state.shape[:2]), k) for k in (2, 5)]
+        alone = [plain(ours.subtask_model, batch, [stages]) for stages in one_hot]
+        for read in (slice(None), slice(5), slice(4, 5), slice(8, 9)):
+            (found,) = ours.stage_model.features(batch, read=read)
+            valid = batch.valid[:, read]
+            torch.testing.assert_close(found[valid], whole[:, read][valid], atol=1e-6, rtol=1e-6)
+            for found, expected in zip(ours.subtask_model.features(batch, one_hot, read), alone, strict=True):
+                torch.testing.assert_close(found[valid], expected[:, read][valid], atol=1e-6, rtol=1e-6)
+
+
+def test_the_prediction_at_a_position_is_the_one_of_the_plain_forward():
+    for mode in ("single_stage", "dense_only", "dual"):
+        ours = reward_model(spec(mode))
+        batch = windows(ours.spec, [9, 9, 9])
+        batch = Windows(batch.images[:, :, :9], batch.text, batch.state[:, :9], batch.lengths)
+        with torch.no_grad():
+            every, one = (ours.sarm.predict(batch, ours.spec.heads, position) for position in (None, 4))
+        for head in ours.spec.heads:
+            for whole, found in zip(every[head], one[head], strict=True):
+                torch.testing.assert_close(found[:, 0], whole[:, 4], atol=1e-6, rtol=0)
+
+
+def test_gradients_are_those_of_the_plain_forward():
+    ours = reward_model(replace(spec(), dropout=0.0)).sarm.train()
+    batch = windows(ours.spec, [9, 13, 10])
+    weight = torch.randn(3, 13, 24) * batch.valid[..., None]
+    found = []
+    for features in (ours.stage_model.features(batch)[0], plain(ours.stage_model, batch)):
+        ours.zero_grad()
+        (features * weight).sum().backward()
+        found.append([p.grad.clone() for p in ours.stage_model.parameters() if p.grad is not None])
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two, atol=2e-5, rtol=1e-4)
+
+
 def test_a_single_stage_needs_no_stage_model():
     ours = reward_model(spec("single_stage"))
     batch = windows(ours.spec, [9, 9])

@@ -98,7 +98,7 @@ def test_embeddings_are_the_encoder_s_and_are_made_once(parts, monkeypatch):
     stored = embeddings.cameras[dataset.image_keys[0]][episode.rows]
     np.testing.assert_allclose(stored, clip.images(images).numpy(), atol=1e-5)
     monkeypatch.setattr(encoder.Encoder, "images", lambda *_: pytest.fail("encoded again"))
-    encoder.encode_dataset(dataset, clip, config.paths.read("embeddings", "00"), 16, config.prepare.image_keys)
+    encoder.ensure_embeddings(config.paths.read("embeddings", "00"), config, dataset, clip)
 
 
 def test_the_encoder_gives_what_lerobot_s_clip_gives(parts):

@@ -1,10 +1,6 @@
 """Training samples say what they show; a stopped run ends where an uninterrupted one does."""
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +11,7 @@ from safetensors.torch import load_file
 from sarm_lib import encoder, lerobot_io, progress, schedule, training
 from sarm_lib.artifacts import read_json_lines
 from sarm_lib.training import Augmentation, SarmLoss
-from tests.conftest import CAMERAS, ROOT
+from tests.conftest import CAMERAS, launch
 
 
 @pytest.fixture
@@ -208,22 +204,7 @@ def test_two_processes_learn_what_one_learns(project, tmp_path):
     found = []
     for processes in (1, 2):
         copy = shutil.copytree(project, tmp_path / str(processes), symlinks=True)
-        overrides = {"sarm.dropout": 0.0, "sarm.steps": 8}
-        launch = [
-            sys.executable,
-            "-m",
-            "accelerate.commands.launch",
-            "--cpu",
-            "--num_machines=1",
-            "--mixed_precision=no",
-        ]
-        launch += ["--dynamo_backend=no", f"--num_processes={processes}", "--num_cpu_threads_per_process=1"]
-        launch += ["--main_process_port=0"] if processes > 1 else []
-        command = [*launch, "-m", "sarm_lib.launch", "train", "--overrides", json.dumps(overrides)]
-        done = subprocess.run(
-            command, cwd=copy, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        launch(copy, processes, "train", {"sarm.dropout": 0.0, "sarm.steps": 8})
         (folder,) = (copy / "outputs/scratch").glob("*/sarm")
         found.append((load_file(folder / "last/model.safetensors"), read_json_lines(folder / "log.jsonl")))
     (one, one_log), (two, two_log) = found

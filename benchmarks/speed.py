@@ -1,0 +1,523 @@
+"""How fast encoding, scoring, training and weighting are, beside LeRobot's own code in one run (`make bench`).
+
+    python -m benchmarks.speed [--only progress_dual_fp32 ...]
+
+Both sides get the same dataset (a few seconds of the demo's frames), the same randomly initialised ViT-B/32-shaped encoder
+and the same full-size SARM (768 wide, 8 layers), loaded beforehand, on one thread of one core.
+
+progress_*     seconds for the progress of every frame by both heads, or one: LeRobot's `compute_rabc_weights` against
+               decoding, encoding, storing and scoring here. bf16 is ours alone: LeRobot's is measured in fp32
+train_dual_*   seconds for a training step, the worse ratio of batches of 8 and of 32. LeRobot's begins with a batch of
+               decoded frames, ours with drawing one from the store. The difference is that of the losses of one batch
+rabc_build_*   seconds from a progress file to weights of one and of five million frames: `RABCWeights` against `rabc.compute`
+rabc_batch     seconds for the weights of a batch of 32
+encode_vs_bare frames a second of decoding, encoding and storing, against the encoder's bare forward pass on ready pixels
+
+Ours is measured before and after LeRobot's, and the slower counts. On a machine with a GPU the first three kinds are
+measured there too, as `*_gpu`. Results are merged into benchmarks/speed.json.
+"""
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from unittest import mock
+
+FRAMES, EPISODES, TASK = 32, 3, "pick up the nut and place it on the peg"
+STAGES = {"sparse": ["pick up", "place"], "dense": ["reach", "grasp", "lift", "carry", "lower"]}
+SHARES = {"sparse": [0.55, 0.45], "dense": [0.2, 0.15, 0.15, 0.35, 0.15]}
+CAMERA, STATE = "observation.images.front", "observation.state"
+RESULTS = Path(__file__).with_suffix(".json")
+NAMES = (
+    "progress_dual_fp32", "progress_single_fp32", "progress_dual_bf16", "train_dual_fp32", "train_dual_bf16",
+    "rabc_build_1m", "rabc_build_5m", "rabc_batch", "encode_vs_bare",
+)  # fmt: skip
+ON_GPU = ("progress_dual_fp32", "progress_single_fp32", "progress_dual_bf16", "train_dual_fp32", "train_dual_bf16")
+
+
+# --- what both sides are given ------------------------------------------------------------------------------------------
+
+
+def make_dataset(folder: Path) -> Path:
+    """A LeRobot dataset of the demo's first frames, with annotations: LeRobot's script wants some."""
+    import numpy as np
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    from sarm_lib import lerobot_io
+    from sarm_lib.annotations import Annotation, Segment
+    from sarm_lib.dataset import open_dataset
+
+    demo = open_dataset("data/demo/assembly")
+    image, state = demo.features[CAMERA], demo.features[STATE]
+    features = {
+        CAMERA: {"dtype": "video", "shape": tuple(image["shape"]), "names": ["height", "width", "channels"]},
+        STATE: {"dtype": "float32", "shape": tuple(state["shape"]), "names": None},
+        "action": {"dtype": "float32", "shape": (4,), "names": None},
+    }
+    raw = LeRobotDataset.create("bench/raw", demo.fps, features, root=folder / "raw")
+    for episode in demo.episodes[:EPISODES]:
+        images = demo.read_frames(episode, CAMERA, range(FRAMES))
+        for t, row in enumerate(range(episode.row, episode.row + FRAMES)):
+            numbers = {STATE: demo.states[row], "action": demo.actions[row]}
+            raw.add_frame({CAMERA: images[t], **numbers, "task": TASK})
+        raw.save_episode()
+    raw.finalize()
+    dataset, annotations = open_dataset(folder / "raw"), []
+    for episode in dataset.episodes:
+        heads = {}
+        for head, names in STAGES.items():
+            edges = np.linspace(0, FRAMES, len(names) + 1).round().astype(int)
+            heads[head] = tuple(
+                Segment(n, int(a), int(b) - 1) for n, a, b in zip(names, edges, edges[1:], strict=False)
+            )
+        annotations.append(Annotation(episode.index, FRAMES, "manual", **heads))
+    shares = {head: dict(zip(STAGES[head], SHARES[head], strict=True)) for head in STAGES}
+    lerobot_io.write_annotated_dataset(dataset, annotations, shares, folder / "bench/demo")
+    return folder / "bench/demo"
+
+
+def make_encoder(folder: Path) -> Path:
+    """CLIP ViT-B/32 with random weights, and the demo's tokenizer."""
+    import torch
+    from transformers import AutoTokenizer, CLIPConfig, CLIPModel, CLIPProcessor
+    from transformers.models.clip import CLIPImageProcessor
+
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained("data/demo/encoder")
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    config = CLIPConfig(text_config={"vocab_size": len(tokenizer), **special}, projection_dim=512)
+    CLIPModel(config).save_pretrained(folder)
+    CLIPProcessor(image_processor=CLIPImageProcessor(), tokenizer=tokenizer).save_pretrained(folder)
+    return folder
+
+
+def make_reward_model(folder: Path, dataset: Path, mode: str) -> Path:
+    """The full-size SARM with random weights, in LeRobot's format, normalised as LeRobot normalises this dataset."""
+    import numpy as np
+    import torch
+
+    from sarm_lib.checkpoint import RewardModel, save_reward_model
+    from sarm_lib.model import Sarm, SarmSpec
+    from sarm_lib.windows import WindowSpec
+
+    torch.manual_seed(0)
+    stages = {"sparse": ["task"]} if mode == "single_stage" else STAGES
+    shares = {"sparse": [1.0]} if mode == "single_stage" else SHARES
+    sarm = Sarm(SarmSpec(WindowSpec("centred", 8, 3, 4), stages, shares, mode))
+    statistics = json.loads((dataset / "meta/stats.json").read_text())[STATE]
+    mean, std = (np.array(statistics[name], dtype=np.float32) for name in ("mean", "std"))
+    save_reward_model(RewardModel(sarm, (CAMERA,), STATE, mean, std, "clip", None, None), folder, {}, [])
+    return folder
+
+
+class Bench:
+    """The materials, and both sides' ways from them to results."""
+
+    def __init__(self, folder: Path, device: str) -> None:
+        self.folder, self.device = folder, device
+        self.kept: dict = {}  # what LeRobot took and gave, which fp32 and bf16 are compared with alike
+        self.dataset = folder / "bench/demo" if (folder / "bench").exists() else make_dataset(folder)
+        self.clip = folder / "clip" if (folder / "clip").exists() else make_encoder(folder / "clip")
+
+    def config(self, mode: str, precision: str):
+        from sarm_lib import params
+
+        return params.load(
+            "params.yaml",
+            {
+                "base.dataset": str(self.dataset), "base.outputs": str(self.folder / "outputs"), "base.device": self.device,
+                "base.image_keys": [CAMERA], "base.group_key": None, "base.truth_prefix": None, "base.annotation_mode": mode,
+                "base.state_key": STATE,
+                "prepare.encoder": str(self.clip), "prepare.image_keys": [], "prepare.precision": precision,
+                "rabc.head_mode": "sparse" if mode == "single_stage" else "both", "rabc.precision": precision,
+                "sarm.hidden_dim": 768, "sarm.num_heads": 12, "sarm.num_layers": 8, "sarm.frame_gap": 3,
+                "sarm.precision": precision,
+            },
+        )  # fmt: skip
+
+    def reward_model(self, mode: str) -> Path:
+        folder = self.folder / mode
+        return folder if folder.exists() else make_reward_model(folder, self.dataset, mode)
+
+    @contextlib.contextmanager
+    def lerobot(self, mode: str) -> Iterator[tuple]:
+        """LeRobot's dataset, model and preprocessor, its encoder read from our folder instead of the Hub."""
+        from lerobot.datasets import LeRobotDataset
+        from lerobot.rewards.sarm import compute_rabc_weights, processor_sarm
+
+        folder = str(self.clip)
+
+        def local(reader: Callable) -> Callable:
+            return lambda _, **options: reader(folder, **options)
+
+        read_model, read_processor = (
+            processor_sarm.CLIPModel.from_pretrained,
+            processor_sarm.CLIPProcessor.from_pretrained,
+        )
+        here = lambda repo, **options: LeRobotDataset(repo, root=self.dataset, **options)  # noqa: E731
+        with (
+            mock.patch.object(processor_sarm.CLIPModel, "from_pretrained", local(read_model)),
+            mock.patch.object(processor_sarm.CLIPProcessor, "from_pretrained", local(read_processor)),
+            mock.patch.object(compute_rabc_weights, "LeRobotDataset", here),
+        ):
+            loaded = compute_rabc_weights.load_sarm_resources("bench/demo", str(self.reward_model(mode)), self.device)
+            with mock.patch.object(compute_rabc_weights, "load_sarm_resources", lambda *_: loaded):
+                yield loaded
+
+    # --- progress -------------------------------------------------------------------------------------------------------
+
+    def progress(self, mode: str, precision: str) -> dict:
+        import numpy as np
+        import pandas as pd
+        from lerobot.rewards.sarm.compute_rabc_weights import compute_sarm_progress
+
+        from sarm_lib import checkpoint, dataset, encoder, progress
+
+        config = self.config(mode, precision)
+        clip, demos = encoder.from_params(config, self.device), dataset.from_params(config)
+        model = checkpoint.load_reward_model(self.reward_model(mode), self.device)
+
+        def ours() -> pd.DataFrame:
+            shutil.rmtree(self.folder / "outputs", ignore_errors=True)
+            folder, path = config.paths.write("embeddings"), config.paths.write("progress.parquet")
+            encoder.ensure_embeddings(folder, config, demos, clip)
+            embeddings = encoder.open_embeddings(folder, demos)
+            progress.ensure_progress(path, config, demos, embeddings, model, "bench")
+            return pd.read_parquet(path)
+
+        def lerobots() -> pd.DataFrame:
+            path = self.folder / "lerobot.parquet"
+            with self.lerobot(mode):
+                start = time.perf_counter()
+                compute_sarm_progress("bench/demo", "bench", str(path), config.rabc.head_mode, self.device, 0)
+                self.seconds = time.perf_counter() - start
+            return pd.read_parquet(path)
+
+        warm = ours() if self.device == "cuda" else None  # noqa: F841
+        before, mine = timed(ours)
+        key = f"progress-{mode}"
+        if key not in self.kept:
+            theirs = lerobots()
+            self.kept[key] = (self.seconds, theirs)
+        after, _ = timed(ours)
+        seconds, theirs = self.kept[key]
+        columns = [name for name in mine if name.startswith("progress")]
+        difference = np.abs(mine[columns].to_numpy() - theirs[columns].to_numpy()).max()
+        found = {"frames": len(mine), "flops_per_frame": self.flops(clip, model, demos, config)}
+        return result(max(before, after), seconds, difference) | found
+
+    def flops(self, clip, model, demos, config) -> dict[str, float]:
+        """Floating point operations a frame: of encoding it once, and of scoring it."""
+        import numpy as np
+        from torch.utils.flop_counter import FlopCounterMode
+
+        from sarm_lib import encoder, progress
+
+        image = next(demos.iterate_frames(CAMERA))[1][None]
+        with FlopCounterMode(display=False) as encoding:
+            clip.images(np.repeat(image, 8, 0))
+        embeddings = encoder.open_embeddings(config.paths.read("embeddings", "00"), demos)
+        store = progress.frame_store(demos, embeddings, model)
+        with FlopCounterMode(display=False) as scoring:
+            progress.score(model.sarm, store, np.arange(8), model.spec.heads)
+        return {"encode": encoding.get_total_flops() / 8, "score": scoring.get_total_flops() / 8}
+
+    # --- training -------------------------------------------------------------------------------------------------------
+
+    def training(self, precision: str) -> dict:
+        rows = {batch: self.training_step(precision, batch) for batch in (8, 32)}
+        worst = min(rows.values(), key=lambda row: row["ratio"])
+        return worst | {"by_batch": {str(batch): row for batch, row in rows.items()}}
+
+    def training_step(self, precision: str, batch_size: int) -> dict:
+        import numpy as np
+        import torch
+
+        from sarm_lib import checkpoint, dataset, encoder, lerobot_io, training
+
+        config = self.config("dual", precision)
+        demos, clip = dataset.from_params(config), encoder.from_params(self.config("dual", "fp32"), self.device)
+        shutil.rmtree(self.folder / "outputs", ignore_errors=True)
+        folder = config.paths.write("embeddings")
+        encoder.ensure_embeddings(folder, self.config("dual", "fp32"), demos, clip)
+        embeddings = encoder.open_embeddings(folder, demos)
+        labels = lerobot_io.read_labels(self.dataset, demos, ("sparse", "dense"))
+        model = checkpoint.load_reward_model(self.reward_model("dual"), self.device)
+        sampler = training.new_sampler(config, demos, embeddings, labels, model, clip)
+        accelerator = training.make_accelerator(config.sarm, self.device)
+        loss = accelerator.prepare(training.SarmLoss(model.sarm, "valid").train())
+        optimizer, rng = torch.optim.AdamW(model.sarm.parameters(), lr=1e-5), np.random.default_rng(0)
+
+        def ours() -> None:
+            batch = sampler.draw(rng, batch_size).to(torch.device(self.device))
+            accelerator.backward(loss(batch)["loss"])
+            torch.nn.utils.clip_grad_norm_(model.sarm.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            if self.device == "cuda":
+                torch.cuda.synchronize()
+
+        ours()
+        before = min(timed(ours)[0] for _ in range(3))
+        key = f"train-{batch_size}"
+        if key not in self.kept:
+            self.kept[key] = self.lerobot_training_step(batch_size)
+        after = min(timed(ours)[0] for _ in range(3))
+        return result(max(before, after), self.kept[key], self.loss_difference(precision))
+
+    def lerobot_training_step(self, batch_size: int) -> float:
+        import torch
+        from torch.utils.data import default_collate
+
+        with self.lerobot("dual") as (demos, model, preprocess):
+            items = default_collate([demos[i % len(demos)] for i in range(batch_size)])
+            model.train()
+            optimizer = torch.optim.AdamW(model.get_optim_params(), lr=1e-5)
+
+            def step() -> None:
+                copied = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in items.items()}
+                total, _ = model(preprocess(copied))
+                total.backward()
+                torch.nn.utils.clip_grad_norm_(list(model.get_optim_params()), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+                if self.device == "cuda":
+                    torch.cuda.synchronize()
+
+            if self.device == "cuda":
+                step()
+            return min(timed(step)[0] for _ in range(2))
+
+    def loss_difference(self, precision: str) -> float:
+        """Of both sides' losses on one batch without augmentation, every position valid, the true stage given."""
+        import torch
+        from lerobot.rewards.sarm.modeling_sarm import SARMRewardModel
+
+        from sarm_lib import checkpoint, training
+        from sarm_lib.windows import Windows
+
+        torch.manual_seed(0)
+        windows = Windows(torch.randn(4, 1, 13, 512), torch.randn(4, 512), torch.randn(4, 13, 32), torch.full((4,), 13))
+        stage = {head: torch.randint(0, len(names), (4, 13)) for head, names in STAGES.items()}
+        tau = {head: torch.rand(4, 13) * 0.99 for head in STAGES}
+        known = dict.fromkeys(STAGES, torch.ones(4, 13, dtype=torch.bool))
+        batch = training.Batch(windows, stage, tau, known, torch.ones(4, dtype=torch.bool), None, 52.0)
+        ours = training.SarmLoss(checkpoint.load_reward_model(self.reward_model("dual"), self.device).sarm.eval())
+        theirs = SARMRewardModel.from_pretrained(self.reward_model("dual")).to(self.device).eval()
+        theirs.config.device, theirs.gt_stage_ratio = self.device, 1.0
+        bf16 = torch.autocast(self.device, torch.bfloat16, enabled=precision == "bf16")
+        targets = {f"{head}_targets": stage[head] + tau[head] for head in STAGES}
+        features = {
+            "video_features": windows.images[:, 0],
+            "text_features": windows.text,
+            "state_features": windows.state,
+        }
+        with torch.no_grad():
+            with bf16:
+                mine = float(ours(batch.to(torch.device(self.device)))["loss"])
+            other = float(theirs({**features, **targets, "lengths": windows.lengths})[0])
+        return abs(mine - other)
+
+    # --- encoding -------------------------------------------------------------------------------------------------------
+
+    def encoding(self) -> dict:
+        import numpy as np
+        import torch
+
+        from sarm_lib import dataset, encoder
+
+        config = self.config("dual", "fp32")
+        demos, clip = dataset.from_params(config), encoder.from_params(config, self.device)
+        pixels = torch.randn(FRAMES, 3, 224, 224, device=self.device)
+
+        def bare() -> None:
+            with torch.inference_mode():
+                for _ in range(EPISODES):
+                    clip.model.get_image_features(pixels)
+
+        def ours() -> None:
+            shutil.rmtree(self.folder / "outputs", ignore_errors=True)
+            encoder.ensure_embeddings(config.paths.write("embeddings"), config, demos, clip)
+
+        bare(), ours()
+        rates = [FRAMES * EPISODES / timed(side)[0] for _ in range(3) for side in (ours, bare)]
+        mine, forward = np.median(rates[::2]), np.median(rates[1::2])
+        return {"ours": float(mine), "lerobot": None, "bare": float(forward), "ratio": float(mine / forward),
+                "max_abs_diff": None}  # fmt: skip
+
+
+# --- weights ------------------------------------------------------------------------------------------------------------
+
+
+def progress_file(folder: Path, frames: int) -> Path:
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path, length, rng = folder / f"progress_{frames}.parquet", 500, np.random.default_rng(0)
+    if not path.exists():
+        index = np.arange(frames)
+        noisy = np.clip(index % length / (length - 1) + rng.normal(0, 0.02, frames), 0, 1).astype(np.float32)
+        columns = {"index": index, "episode_index": index // length, "frame_index": index % length}
+        pq.write_table(pa.table(columns | {"progress_sparse": noisy}), path)
+    return path
+
+
+def rabc_build(folder: Path, frames: int) -> dict:
+    import numpy as np
+    from lerobot.rewards.sarm.rabc import RABCWeights
+
+    from sarm_lib import rabc
+
+    path = progress_file(folder, frames)
+    settings = (16, 0.05, 1e-6)
+    ours = lambda: rabc.compute(path, "sparse", *settings, list(range(frames // 500)), end="shrink")  # noqa: E731
+    before, mine = timed(ours)
+    theirs_seconds, theirs = timed(lambda: RABCWeights(path, settings[0], "sparse", *settings[1:]))
+    after, _ = timed(ours)
+    some = np.random.default_rng(0).choice(frames, 2000, replace=False)
+    deltas = np.array([theirs._compute_delta(int(i)) for i in some], dtype=np.float32)
+    difference = np.abs(theirs._compute_weights(deltas) - mine.weight[some]).max()
+    kept[frames] = theirs, mine
+    return result(max(before, after), theirs_seconds, difference) | {"frames": frames, "peak_mb": rabc_memory(path)}
+
+
+kept: dict = {}
+
+
+def rabc_batch(folder: Path) -> dict:
+    import numpy as np
+    import torch
+
+    if 1_000_000 not in kept:
+        rabc_build(folder, 1_000_000)
+    theirs, mine = kept[1_000_000]
+    batches = np.random.default_rng(1).integers(0, 1_000_000, (2000, 32))
+    weight = torch.from_numpy(mine.weight)
+
+    def ours(rows: torch.Tensor) -> torch.Tensor:
+        found = weight[rows]
+        return found * len(found) / (found.sum() + 1e-6)
+
+    def lap(side: Callable) -> tuple[float, object]:
+        start = time.perf_counter()
+        for rows in batches:
+            found = side(rows)
+        return (time.perf_counter() - start) / len(batches), found
+
+    mine_seconds, mine_last = lap(lambda rows: ours(torch.from_numpy(rows)))
+    theirs_seconds, (theirs_last, _) = lap(lambda rows: theirs.compute_batch_weights({"index": torch.from_numpy(rows)}))
+    return result(mine_seconds, theirs_seconds, float((mine_last - theirs_last).abs().max()))
+
+
+def rabc_memory(path: Path) -> float:
+    """Most memory that `rabc.compute` takes, in MB beyond what was held before it, in a process of its own."""
+    code = (
+        "import resource, sys\nfrom pathlib import Path\nfrom sarm_lib import rabc\n"
+        "held = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\nbefore = held()\n"
+        "rabc.compute(Path(sys.argv[1]), 'sparse', 16, 0.05, 1e-6, list(range(2000)))\nprint((held() - before) * 1024 / 1e6)"
+    )
+    return float(
+        subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, check=True, text=True).stdout
+    )
+
+
+# --- the run ------------------------------------------------------------------------------------------------------------
+
+
+def timed(function: Callable) -> tuple[float, object]:
+    start = time.perf_counter()
+    found = function()
+    return time.perf_counter() - start, found
+
+
+def result(ours: float, lerobot: float, difference: float) -> dict:
+    return {"ours": ours, "lerobot": lerobot, "ratio": lerobot / ours, "max_abs_diff": float(difference)}
+
+
+def measure(name: str, bench: Bench, folder: Path) -> dict:
+    match name.removesuffix("_gpu").split("_"):
+        case ["progress", mode, precision]:
+            return bench.progress("single_stage" if mode == "single" else mode, precision)
+        case ["train", _, precision]:
+            return bench.training(precision)
+        case ["rabc", "build", size]:
+            return rabc_build(folder, int(size.removesuffix("m")) * 1_000_000)
+        case ["rabc", "batch"]:
+            return rabc_batch(folder)
+        case ["encode", *_]:
+            return bench.encoding()
+    raise ValueError(name)
+
+
+def table(results: list[dict]) -> str:
+    """The results as Markdown."""
+    number = lambda x: "" if x is None else f"{x:.3g}"  # noqa: E731
+    lines = ["| | ours | LeRobot | ratio | largest difference | device |", "|---|---|---|---|---|---|"]
+    for r in results:
+        cells = (number(r["ours"]), number(r["lerobot"]), f"{r['ratio']:.1f}", number(r["max_abs_diff"]), r["device"])
+        lines.append(f"| `{r['name']}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", choices=[*NAMES, *(f"{name}_gpu" for name in ON_GPU)])
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    import torch
+
+    logging.basicConfig(level=logging.WARNING)
+    torch.set_num_threads(arguments.threads)
+    gpu = torch.cuda.is_available()
+    names = arguments.only or [*NAMES, *(f"{name}_gpu" for name in ON_GPU)]
+    made = json.loads(RESULTS.read_text())["results"] if RESULTS.exists() else []
+    rows, skipped = {row["name"]: row for row in made}, {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        benches: dict[str, Bench] = {}
+        for name in names:
+            on_gpu = name.endswith("_gpu")
+            if on_gpu and not gpu:
+                skipped[name] = "no GPU here"
+                continue
+            device = "cuda" if on_gpu else "cpu"
+            if device not in benches:
+                benches[device] = Bench(folder, device)
+            where = torch.cuda.get_device_name() if on_gpu else processor()
+            rows[name] = {
+                "name": name,
+                **measure(name, benches[device], folder),
+                "device": where,
+                "threads": arguments.threads,
+            }
+            print(json.dumps(rows[name]), flush=True)
+            ordered = [rows[n] for n in [*NAMES, *(f"{n}_gpu" for n in ON_GPU)] if n in rows]
+            RESULTS.write_text(json.dumps({"results": ordered, "not_run": skipped}, indent=1) + "\n")
+    print(table([row for row in rows.values()]))
+    for name, why in skipped.items():
+        print(f"{name}: {why}")
+
+
+def processor() -> str:
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    named = [line.split(":", 1)[1].strip() for line in info.splitlines() if line.startswith("model name")]
+    flags = " with bf16" if "avx512_bf16" in info or "amx_bf16" in info else ""
+    return (named[0] if named else platform.processor()) + flags
+
+
+if __name__ == "__main__":
+    # One core: what threads of other libraries do, such as decoding ahead, is paid for.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    main()

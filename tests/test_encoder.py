@@ -1,0 +1,170 @@
+"""Embeddings: every frame once, whoever decodes it, and never again: after a stop, in a grown dataset, in another process."""
+
+import shutil
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from sarm_lib import dataset as datasets
+from sarm_lib import encoder, params
+from tests.conftest import CAMERAS, LENGTHS, ROOT, grow_dataset, launch, make_dataset, make_project
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """The tiny dataset without its last two episodes."""
+    return make_dataset(tmp_path_factory.mktemp("small") / "dataset", lengths=LENGTHS[:6])
+
+
+@pytest.fixture
+def fresh(tmp_path, small, tiny_encoder, monkeypatch):
+    """A project with six episodes in which nothing has run yet."""
+    folder = make_project(tmp_path / "p", small, tiny_encoder)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def encode(overrides=None):
+    """(index, embeddings) of the project in the current folder."""
+    config = params.load("params.yaml", overrides)
+    opened, folder = datasets.from_params(config), config.paths.write("embeddings")
+    index = encoder.ensure_embeddings(folder, config, opened, encoder.from_params(config, "cpu"))
+    return index, encoder.open_embeddings(folder, opened)
+
+
+def count(monkeypatch, after=None):
+    """Counts the frames that are encoded; stops like a killed run `after` so many."""
+    seen, real = [], encoder.Encoder.images
+
+    def images(self, batch):
+        seen.extend(batch)
+        if after is not None and len(seen) > after:
+            raise KeyboardInterrupt
+        return real(self, batch)
+
+    monkeypatch.setattr(encoder.Encoder, "images", images)
+    return seen
+
+
+def test_a_stopped_run_goes_on_and_gives_the_same_bytes(fresh, monkeypatch):
+    _, whole = encode()
+    whole = {key: np.array(values) for key, values in whole.cameras.items()}
+    shutil.rmtree("outputs")
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        count(patched, after=60)
+        encode()
+    assert not (fresh / "outputs/embeddings").exists()
+    seen = count(monkeypatch)
+    _, found = encode()
+    assert 0 < len(seen) < 2 * sum(LENGTHS[:6]) - 30
+    for key, values in whole.items():
+        np.testing.assert_array_equal(found.cameras[key], values)
+    assert not list(fresh.glob("outputs/**/work/embeddings-*"))
+
+
+def test_a_grown_dataset_costs_its_new_episodes(fresh, monkeypatch):
+    _, before = encode()
+    before = {key: np.array(values) for key, values in before.cameras.items()}
+    grow_dataset(fresh / "data/tiny", LENGTHS[6:])
+    seen = count(monkeypatch)
+    _, after = encode()
+    assert len(seen) == 2 * sum(LENGTHS[6:])
+    for key, values in before.items():
+        np.testing.assert_array_equal(after.cameras[key][: len(values)], values)
+    shutil.rmtree("outputs")
+    _, again = encode()
+    for key in CAMERAS:
+        np.testing.assert_array_equal(after.cameras[key], again.cameras[key])
+
+
+def test_half_precision_halves_the_store_and_moves_embeddings_little(fresh):
+    _, full = encode()
+    full = {key: np.array(values) for key, values in full.cameras.items()}
+    index, half = encode({"prepare.store_dtype": "float16"})
+    assert index["dtype"] == "float16" and half.cameras[CAMERAS[0]].dtype == np.float16
+    gathered = half.gather(np.arange(8).reshape(2, 4), CAMERAS[:1])
+    assert gathered.shape == (2, 1, 4, 512) and str(gathered.dtype) == "torch.float32"
+    for key, values in full.items():
+        np.testing.assert_allclose(half.cameras[key], values, atol=2e-3, rtol=2e-3)
+
+
+def test_bf16_encodes_nearly_the_same(fresh):
+    _, full = encode()
+    full = np.array(full.cameras[CAMERAS[0]])
+    index, found = encode({"prepare.precision": "bf16"})
+    assert index["precision"] == "bf16" and found.cameras[CAMERAS[0]].dtype == np.float32
+    cosine = (full * found.cameras[CAMERAS[0]]).sum(1) / np.linalg.norm(full, axis=1)
+    cosine /= np.linalg.norm(found.cameras[CAMERAS[0]], axis=1)
+    assert cosine.min() > 0.995 and np.abs(full - found.cameras[CAMERAS[0]]).max() > 0
+
+
+def test_two_processes_encode_and_score_what_one_does(project, tmp_path):
+    made = []
+    for processes in (1, 2):
+        copy = shutil.copytree(project, tmp_path / str(processes), symlinks=True)
+        for stage, left in (("encode", "outputs/embeddings"), ("score", "outputs/sarm_progress.parquet")):
+            made_before = copy / left
+            shutil.rmtree(made_before) if made_before.is_dir() else made_before.unlink()
+            launch(copy, processes, stage)
+            (scratch,) = [*(copy / "outputs/scratch").glob(f"*/{made_before.name}")] or [made_before]
+            files = sorted(scratch.glob("*.npy")) if scratch.is_dir() else [scratch]
+            made.append([path.read_bytes() for path in files])
+            if scratch != made_before:
+                scratch.rename(made_before)
+    assert made[0] == made[2] and made[1] == made[3] and len(made[0]) == 3
+
+
+def test_the_whole_of_clip_gives_the_same_embeddings():
+    """On the demo's encoder: faster products and a last layer for one token change nothing but rounding."""
+    from transformers import CLIPModel
+
+    path = ROOT / "data/demo/encoder"
+    ours, whole = encoder.load(str(path)), CLIPModel.from_pretrained(path, dtype=torch.float32).eval()
+    images = np.random.default_rng(0).integers(0, 256, (5, 128, 128, 3), dtype=np.uint8)
+    pixels = ours.processor(images=list(images), return_tensors="pt")
+    with torch.no_grad():
+        expected = whole.get_image_features(**pixels)
+    expected = expected if isinstance(expected, torch.Tensor) else expected.pooler_output
+    torch.testing.assert_close(ours.images(images), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_both_decoders_give_the_same_pixels(tiny, monkeypatch):
+    if not datasets.torchcodec():
+        pytest.skip("torchcodec finds no FFmpeg libraries here")
+    opened = datasets.open_dataset(tiny)
+    found = []
+    for available in (True, False):
+        monkeypatch.setattr(datasets, "torchcodec", lambda available=available: available)
+        found.append([image for _, image in opened.iterate_frames(CAMERAS[0])])
+    np.testing.assert_array_equal(*map(np.stack, found))
+
+
+@pytest.mark.parametrize("use_videos", [True, False])
+def test_content_names_what_a_camera_shows(tmp_path, use_videos):
+    root = make_dataset(tmp_path / "a", use_videos=use_videos, lengths=LENGTHS[:3])
+    name = lambda: [opened.content(e, key) for key in CAMERAS for e in opened.episodes[:3]]  # noqa: E731
+    opened = datasets.open_dataset(root)
+    before = name()
+    grow_dataset(root, LENGTHS[3:5])
+    opened = datasets.open_dataset(root)
+    assert len(opened.episodes) == 5 and name() == before and len(set(before)) == 6
+    opened = datasets.open_dataset(make_dataset(tmp_path / "b", use_videos=use_videos, lengths=LENGTHS[:3], seed=1))
+    assert not set(name()) & set(before)
+
+
+def test_fetching_ahead_keeps_the_order_raises_what_was_raised_and_stops():
+    assert list(encoder.ahead(iter(range(100)), 3)) == list(range(100))
+
+    def broken():
+        yield 1
+        raise ValueError("frame 2")
+
+    with pytest.raises(ValueError, match="frame 2"):
+        list(encoder.ahead(broken(), 3))
+    before = threading.active_count()
+    some = encoder.ahead(iter(range(1000)), 3)
+    assert next(some) == 0
+    some.close()
+    assert threading.active_count() == before
