@@ -2,7 +2,7 @@
 # make lab     open the notebooks              make smoke   ten episodes of your dataset through every notebook
 # make lint    check style                     make lock    renew requirements.lock
 # make scorecard   train and measure the ablations of SARM (about half an hour)
-# make bench   speed beside LeRobot's own code, and memory (a quarter of an hour)
+# make bench   speed beside LeRobot's own code, memory, and what half precision changes (half an hour)
 # make demo    record the demo dataset again (needs OpenGL)
 # Each builds what it needs. PYTHON=/path/to/python3.12 chooses the interpreter.
 
@@ -43,6 +43,7 @@ lint: env
 bench: data
 	python -m benchmarks.speed
 	python -m benchmarks.memory
+	python -m benchmarks.precision
 
 demo: env
 	python -m demo.record data/demo/assembly

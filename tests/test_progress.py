@@ -150,3 +150,33 @@ def with_spec(sarm, spec):
     other = Sarm(spec)
     other.load_state_dict(sarm.state_dict())
     return other
+
+
+def test_blocks_are_whole_episodes_in_order(in_project):
+    _, dataset = in_project
+    for frames in (1, 40, 10_000):
+        found = progress.blocks(dataset.episodes, frames)
+        assert [e for block in found for e in block] == list(dataset.episodes)
+        assert all(sum(e.length for e in block) >= frames for block in found[:-1])
+        assert all(sum(e.length for e in block[:-1]) < frames for block in found)
+
+
+def test_a_stopped_run_scores_the_rest(parts, tmp_path, monkeypatch):
+    config, dataset, embeddings, model, _ = parts
+    monkeypatch.setattr(progress, "blocks", lambda episodes: [[e] for e in episodes])
+    ensure = lambda name: progress.ensure_progress(tmp_path / name, config, dataset, embeddings, model, "m")  # noqa: E731
+    ensure("whole.parquet")
+    scored, real = [], progress.score_episodes
+
+    def stops(sarm, store, episodes, *rest, **options):
+        scored.append(episodes)
+        if len(scored) == 3:
+            raise KeyboardInterrupt
+        return real(sarm, store, episodes, *rest, **options)
+
+    monkeypatch.setattr(progress, "score_episodes", stops)
+    with pytest.raises(KeyboardInterrupt):
+        ensure("stopped.parquet")
+    ensure("stopped.parquet")
+    assert len(scored) == 1 + len(dataset.episodes)  # the one at which it stopped comes twice
+    assert (tmp_path / "stopped.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
