@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import batched
 from pathlib import Path
 from typing import Literal
@@ -59,7 +60,7 @@ class Encoder:
         """Length E of an embedding (512 for ViT-B/32)."""
         return self.model.config.projection_dim
 
-    @property
+    @cached_property
     def identity(self) -> str:
         """A name for weights, preprocessing and tokenizer, whatever folder they lie in."""
         return identity(self.path) or digest(self.path, self.model.config._commit_hash)
