@@ -40,7 +40,7 @@ lint: env
 	ruff format --check sarm_lib demo tests
 	ruff format --check --line-length 96 notebooks
 
-bench: data
+bench: repro
 	python -m benchmarks.speed
 	python -m benchmarks.memory
 	python -m benchmarks.precision

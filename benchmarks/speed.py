@@ -41,7 +41,7 @@ NAMES = (
     "progress_dual_fp32", "progress_single_fp32", "progress_dual_bf16", "train_dual_fp32", "train_dual_bf16",
     "rabc_build_1m", "rabc_build_5m", "rabc_batch", "encode_vs_bare",
 )  # fmt: skip
-ON_GPU = ("progress_dual_fp32", "progress_single_fp32", "progress_dual_bf16", "train_dual_fp32", "train_dual_bf16")
+ON_GPU = ("progress_dual_fp32", "progress_single_fp32", "progress_dual_bf16", "train_dual_fp32", "train_dual_bf16", "encode_vs_bare")
 
 
 # --- what both sides are given ------------------------------------------------------------------------------------------
@@ -220,14 +220,15 @@ class Bench:
         import numpy as np
         from torch.utils.flop_counter import FlopCounterMode
 
-        from sarm_lib import encoder, progress
+        from sarm_lib import encoder, kernels, progress
 
         image = next(demos.iterate_frames(CAMERA))[1][None]
-        with FlopCounterMode(display=False) as encoding:
+        plain = mock.patch.object(kernels, "_has_onednn", lambda: False)  # the counter does not know its product
+        with plain, FlopCounterMode(display=False) as encoding:
             clip.images(np.repeat(image, 8, 0))
         embeddings = encoder.open_embeddings(config.paths.read("embeddings", "00"), demos)
         store = progress.frame_store(demos, embeddings, model)
-        with FlopCounterMode(display=False) as scoring:
+        with plain, FlopCounterMode(display=False) as scoring:
             progress.score(model.sarm, store, np.arange(8), model.spec.heads)
         return {"encode": encoding.get_total_flops() / 8, "score": scoring.get_total_flops() / 8}
 
@@ -241,6 +242,7 @@ class Bench:
     def training_step(self, precision: str, batch_size: int) -> dict:
         import numpy as np
         import torch
+        from accelerate.state import AcceleratorState
 
         from sarm_lib import checkpoint, dataset, encoder, lerobot_io, training
 
@@ -253,6 +255,7 @@ class Bench:
         labels = lerobot_io.read_labels(self.dataset, demos, ("sparse", "dense"))
         model = checkpoint.load_reward_model(self.reward_model("dual"), self.device)
         sampler = training.new_sampler(config, demos, embeddings, labels, model, clip)
+        AcceleratorState._reset_state(True)  # one precision a process otherwise
         accelerator = training.make_accelerator(config.sarm, self.device)
         loss = accelerator.prepare(training.SarmLoss(model.sarm, "valid").train())
         optimizer, rng = torch.optim.AdamW(model.sarm.parameters(), lr=1e-5), np.random.default_rng(0)
@@ -422,9 +425,10 @@ def rabc_batch(folder: Path) -> dict:
 def rabc_memory(path: Path) -> float:
     """Most memory that `rabc.compute` takes, in MB beyond what was held before it, in a process of its own."""
     code = (
-        "import resource, sys\nfrom pathlib import Path\nfrom sarm_lib import rabc\n"
-        "held = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\nbefore = held()\n"
-        "rabc.compute(Path(sys.argv[1]), 'sparse', 16, 0.05, 1e-6, list(range(2000)))\nprint((held() - before) * 1024 / 1e6)"
+        "import re, sys\nfrom pathlib import Path\nfrom sarm_lib import rabc\n"
+        "held = lambda key: int(re.search(rf'{key}:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]) * 1024 / 1e6\n"
+        "before = held('VmRSS')\nrabc.compute(Path(sys.argv[1]), 'sparse', 16, 0.05, 1e-6, list(range(2000)))\n"
+        "print(held('VmHWM') - before)"
     )
     return float(
         subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, check=True, text=True).stdout

@@ -8,6 +8,7 @@ is to a user's data: both load through `sarm_lib.encoder.load`.
 """
 
 import argparse
+import copy
 import logging
 import sys
 from pathlib import Path
@@ -27,6 +28,7 @@ from demo.simulator import IMAGE_SIZE, AssemblySimulator, RenderingError
 FIRST_SEED = 9000
 EPISODES = 64
 STEPS, BATCH, LEARNING_RATE = 500, 96, 1e-3
+TEXT_STEPS, TEXT_LEARNING_RATE = 300, 3e-4
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
@@ -119,11 +121,6 @@ def train(images: np.ndarray, captions: list[str], tokenizer: CLIPTokenizer, mod
     unique = {text: i for i, text in enumerate(dict.fromkeys(captions))}
     ids = np.array([unique[text] for text in captions])
 
-    def text_features(texts: list[str]) -> Tensor:
-        return model.get_text_features(
-            **tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
-        ).pooler_output
-
     progress = tqdm(range(STEPS), desc="training the encoder", mininterval=10)
     for _ in progress:
         rows, cameras = rng.choice(len(images), BATCH, replace=False), rng.integers(0, 2, BATCH)
@@ -131,10 +128,13 @@ def train(images: np.ndarray, captions: list[str], tokenizer: CLIPTokenizer, mod
         pixels = (pixels * float(rng.uniform(0.85, 1.15))).clamp(0, 1)
         same = torch.from_numpy((ids[rows][:, None] == ids[rows][None]).astype(np.float32))
         frames = model.get_image_features((pixels - mean) / std).pooler_output
-        loss = contrast(frames, text_features([captions[r] for r in rows]), same, model.logit_scale)
+        said = text_features(model, tokenizer, [captions[r] for r in rows])
+        loss = contrast(frames, said, same, model.logit_scale)
         pair = [rng.choice(len(task), 2, replace=False) for task in TASKS]
-        one, two = ([task[p[i]] for task, p in zip(TASKS, pair, strict=True)] for i in (0, 1))
-        loss = loss + 0.2 * contrast(text_features(one), text_features(two), torch.eye(len(TASKS)), model.logit_scale)
+        one, two = (
+            text_features(model, tokenizer, [task[p[i]] for task, p in zip(TASKS, pair, strict=True)]) for i in (0, 1)
+        )
+        loss = loss + 0.2 * contrast(one, two, torch.eye(len(TASKS)), model.logit_scale)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -144,6 +144,32 @@ def train(images: np.ndarray, captions: list[str], tokenizer: CLIPTokenizer, mod
     return model.eval()
 
 
+def align_paraphrases(captions: list[str], tokenizer: CLIPTokenizer, model: CLIPModel) -> CLIPModel:
+    """Train the text tower on, alone: every wording of a task gets the mean embedding of its wordings, captions keep theirs.
+
+    The loss of `train` pulls wordings together only as far as they have to be told from other tasks.
+    """
+    rng, before = np.random.default_rng(1), copy.deepcopy(model).requires_grad_(False)
+    means = torch.stack([text_features(before, tokenizer, list(task)).mean(0) for task in TASKS])
+    spread = (means - means.mean(0)).square().sum(1).mean()
+    parameters = [*model.text_model.parameters(), *model.text_projection.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=TEXT_LEARNING_RATE, weight_decay=0.0)
+    for _ in tqdm(range(TEXT_STEPS), desc="aligning paraphrases", mininterval=10):
+        wordings = text_features(model, tokenizer, [str(rng.choice(task)) for task in TASKS])
+        some = [captions[i] for i in rng.integers(0, len(captions), len(TASKS))]
+        kept, moved = (text_features(tower, tokenizer, some) for tower in (before, model))
+        loss = ((wordings - means).square().sum(1).mean() + (moved - kept).square().sum(1).mean()) / spread
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+def text_features(model: CLIPModel, tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
+    tokens = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+    return model.get_text_features(**tokens).pooler_output
+
+
 @torch.no_grad()
 def retrieval_rank(images: np.ndarray, captions: list[str], tokenizer: CLIPTokenizer, model: CLIPModel) -> float:
     """Mean percentile of a frame's own caption among 200 others' (0.5 is chance, 1 perfect)."""
@@ -151,9 +177,7 @@ def retrieval_rank(images: np.ndarray, captions: list[str], tokenizer: CLIPToken
     pixels = torch.from_numpy(images[rows, 0]).permute(0, 3, 1, 2).float() / 255
     mean, std = (torch.tensor(x)[:, None, None] for x in (MEAN, STD))
     frames = model.get_image_features((pixels - mean) / std).pooler_output
-    texts = model.get_text_features(
-        **tokenizer([captions[r] for r in rows], padding=True, return_tensors="pt")
-    ).pooler_output
+    texts = text_features(model, tokenizer, [captions[r] for r in rows])
     frames, texts = (F.normalize(x - x.mean(0), dim=-1) for x in (frames, texts))
     similarity = frames @ texts.T
     return float((similarity.diagonal()[:, None] >= similarity).float().mean())
@@ -165,6 +189,7 @@ def main(folder: Path) -> None:
     held_out = len(images) * 9 // 10
     tokenizer = train_tokenizer([*captions, *(text for task in TASKS for text in task)], folder)
     model = train(images[:held_out], captions[:held_out], tokenizer, make_model(tokenizer))
+    model = align_paraphrases(captions[:held_out], tokenizer, model)
     log.info(
         "mean percentile of the own caption, held-out frames: %.3f",
         retrieval_rank(images[held_out:], captions[held_out:], tokenizer, model),

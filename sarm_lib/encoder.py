@@ -17,7 +17,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -34,6 +33,7 @@ from sarm_lib.artifacts import (
 )
 from sarm_lib.dataset import Dataset, DatasetError, Episode, fingerprint
 from sarm_lib.kernels import freeze
+from sarm_lib.processes import share
 
 INDEX = "index.json"
 Precision = Literal["fp32", "bf16"]
@@ -161,13 +161,14 @@ def ensure_embeddings(folder: Path, params, dataset: Dataset, encoder: Encoder) 
     }
     if is_current(folder, made_from):
         return read_json(folder / INDEX)
-    processes = PartialState(cpu=encoder.device.type == "cpu")
+    processes = share(encoder.device)
     work, known = params.paths.write(f"work/embeddings-{digest(encoding)}"), _known_episodes(folder, encoding)
     content = {key: [dataset.content(episode, key) for episode in dataset.episodes] for key in cameras}
-    todo = [(key, *pair) for key in cameras for pair in zip(dataset.episodes, content[key]) if pair[1] not in known]
+    pairs = ((shown, (key, e)) for key in cameras for e, shown in zip(dataset.episodes, content[key], strict=True))
+    todo = [(shown, *where) for shown, where in dict(pairs).items() if shown not in known]  # what is shown twice, once
     mine = todo[processes.process_index :: processes.num_processes]
-    bar = tqdm(total=sum(episode.length for _, episode, _ in mine), desc="encoding", unit="frame", mininterval=5)
-    for key, episode, shown in mine:
+    bar = tqdm(total=sum(episode.length for *_, episode in mine), desc="encoding", unit="frame", mininterval=5)
+    for shown, key, episode in mine:
         _encode_episode(dataset, key, episode, encoder, work / f"{shown}.npy", settings)
         bar.update(episode.length)
     bar.close()
@@ -256,18 +257,20 @@ def ahead[T](items: Iterator[T], count: int) -> Iterator[T]:
     ready: queue.Queue = queue.Queue(count)
     stopped, done = threading.Event(), object()
 
+    def hand_over(item, error: BaseException | None = None) -> None:
+        while not stopped.is_set():
+            with suppress(queue.Full):
+                return ready.put((item, error), timeout=0.1)
+
     def fetch() -> None:
         try:
             for item in items:
-                while not stopped.is_set():
-                    with suppress(queue.Full):
-                        ready.put((item, None), timeout=0.1)
-                        break
+                hand_over(item)
                 if stopped.is_set():
                     return
-            ready.put((done, None))
+            hand_over(done)
         except BaseException as error:
-            ready.put((done, error))
+            hand_over(done, error)
 
     thread = threading.Thread(target=fetch, daemon=True)
     thread.start()

@@ -1,7 +1,7 @@
-"""Matrix products with frozen weights on the CPU, by the faster of the two libraries that PyTorch brings.
+"""Matrix products with frozen weights on the CPU, by oneDNN.
 
-PyTorch leaves float32 products to MKL, which keeps to half the vector width on processors that are not Intel's; oneDNN uses
-all of it. Measured by `make bench`; the results differ by rounding.
+PyTorch leaves float32 products to MKL, although it brings oneDNN too. On an AMD processor oneDNN was a tenth faster (LOG.md);
+the results differ by rounding.
 """
 
 import platform

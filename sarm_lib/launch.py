@@ -4,8 +4,9 @@
     accelerate launch -m sarm_lib.launch train          stage 03's training, a batch shared among the processes
     accelerate launch -m sarm_lib.launch score          stage 05's progress, a block of episodes a process in turn
 
-They run on as many GPUs and machines as `accelerate config` was told. The functions are those that the notebooks call, and
-what they make does not depend on how many processes there are (training: but for rounding).
+They run on as many GPUs and machines as `accelerate config` was told; machines need one `outputs/` that all of them see. The
+functions are those that the notebooks call, and what they make does not depend on how many processes of as many threads
+there are (training: but for rounding).
 """
 
 import argparse
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from sarm_lib import checkpoint, dataset, encoder, lerobot_io, progress, training
 from sarm_lib.params import load
+from sarm_lib.processes import own_device
 
 log = logging.getLogger("sarm")
 
@@ -23,7 +25,7 @@ def encode(params) -> Path:
     """Stage 00's embeddings. Returns their folder."""
     folder, clip = (
         params.paths.write("embeddings"),
-        encoder.from_params(params, dataset.pick_device(params.base.device)),
+        encoder.from_params(params, own_device(dataset.pick_device(params.base.device))),
     )
     encoder.ensure_embeddings(folder, params, dataset.from_params(params), clip)
     return folder
@@ -33,14 +35,14 @@ def score(params) -> Path:
     """Stage 05's progress of every frame. Returns its file."""
     demos, path = dataset.from_params(params), params.paths.write("sarm_progress.parquet")
     embeddings = encoder.open_embeddings(params.paths.read("embeddings", "00_prepare"), demos)
-    model, named = checkpoint.reward_model_of(params, dataset.pick_device(params.base.device))
+    model, named = checkpoint.reward_model_of(params, own_device(dataset.pick_device(params.base.device)))
     progress.ensure_progress(path, params, demos, embeddings, model, named)
     return path
 
 
 def train(params) -> Path:
     """Stage 03's training. Returns the checkpoint's folder."""
-    device = dataset.pick_device(params.base.device)
+    device = own_device(dataset.pick_device(params.base.device))
     demos = dataset.from_params(params)
     embeddings = encoder.open_embeddings(params.paths.read("embeddings", "00_prepare"), demos)
     annotated = params.paths.read("dataset/meta", "02_verify").parent

@@ -93,7 +93,8 @@ class ProgressReward(gymnasium.Wrapper):
 
         r'_t = r_t + weight · (discount · φ_{t+1} - φ_t)
 
-    With the learner's own discount this is potential-based shaping, which changes no optimal policy (Ng et al., 1999).
+    With the learner's own discount this is potential-based shaping (Ng et al., 1999), except that the progress of the last
+    frame stays with the learner: a reward for how far it came.
     `info["sarm"]` holds what every head says. The environment has to step at the model's frame rate.
 
     observe: the images (a camera's name: (H, W, 3) uint8) and the state (S,) of an observation. head: whose progress

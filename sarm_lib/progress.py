@@ -15,7 +15,6 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from sarm_lib.artifacts import PARQUET_KEY, code_digest, digest, read_provenance, remove, staged
@@ -23,6 +22,7 @@ from sarm_lib.checkpoint import RewardModel
 from sarm_lib.dataset import Dataset, Episode
 from sarm_lib.encoder import Embeddings, Precision
 from sarm_lib.model import Sarm
+from sarm_lib.processes import share
 from sarm_lib.stages import Labels, progress
 from sarm_lib.windows import FrameStore, pad_state
 
@@ -148,7 +148,7 @@ def score_episodes(
 
 def blocks(episodes: Sequence[Episode], frames: int = BLOCK) -> list[list[Episode]]:
     """Episodes in order, in blocks of at least so many frames. A batch never crosses a block, so that scores are the same
-    to the bit however many processes share the blocks."""
+    to the bit however many processes, of as many threads each, share the blocks."""
     found, room = [], 0
     for episode in episodes:
         if room <= 0:
@@ -206,7 +206,7 @@ def ensure_progress(
         return f"kept the progress of {dataset.num_frames:,} frames that this model gave before"
     store = frame_store(dataset, embeddings, model)
     stride, batch_size = params.rabc.stride, params.rabc.batch_size
-    processes = PartialState(cpu=next(model.sarm.parameters()).device.type == "cpu")
+    processes = share(next(model.sarm.parameters()).device)
     work, todo = params.paths.write(f"work/progress-{digest(provenance)}"), list(enumerate(blocks(dataset.episodes)))
     mine = todo[processes.process_index :: processes.num_processes]
     for number, block in tqdm(mine, desc="scoring", unit="block", mininterval=5):

@@ -2,6 +2,7 @@
 
 import shutil
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -163,8 +164,10 @@ def test_fetching_ahead_keeps_the_order_raises_what_was_raised_and_stops():
 
     with pytest.raises(ValueError, match="frame 2"):
         list(encoder.ahead(broken(), 3))
-    before = threading.active_count()
-    some = encoder.ahead(iter(range(1000)), 3)
-    assert next(some) == 0
-    some.close()
-    assert threading.active_count() == before
+    for length in (4, 1000):  # also where the last item waits for room
+        before = threading.active_count()
+        some = encoder.ahead(iter(range(length)), 3)
+        assert next(some) == 0
+        time.sleep(0.3)
+        some.close()
+        assert threading.active_count() == before
