@@ -42,13 +42,15 @@ def score(params) -> Path:
 
 def train(params) -> Path:
     """Stage 03's training. Returns the checkpoint's folder."""
-    device = own_device(dataset.pick_device(params.base.device))
+    device = dataset.pick_device(params.base.device)
     demos = dataset.from_params(params)
     embeddings = encoder.open_embeddings(params.paths.read("embeddings", "00_prepare"), demos)
     annotated = params.paths.read("dataset/meta", "02_verify").parent
     labels = lerobot_io.read_labels(annotated, demos, params.heads)
     model = training.new_reward_model(params, demos, embeddings, labels)
-    sampler = training.new_sampler(params, demos, embeddings, labels, model, encoder.from_params(params, device))
+    sampler = training.new_sampler(
+        params, demos, embeddings, labels, model, encoder.from_params(params, own_device(device))
+    )
     made_from, folder = training.provenance(params, demos, embeddings, labels), params.paths.write("sarm")
     validate = training.validator(demos, labels, sampler.store, params.sarm.learn_given_up)
     training.train_into(folder, model, sampler, validate, params, made_from, device)

@@ -171,3 +171,12 @@ def test_fetching_ahead_keeps_the_order_raises_what_was_raised_and_stops():
         time.sleep(0.3)
         some.close()
         assert threading.active_count() == before
+
+
+def test_a_process_takes_its_own_gpu(monkeypatch):
+    from types import SimpleNamespace
+
+    from sarm_lib import processes
+
+    monkeypatch.setattr(processes, "share", lambda device: SimpleNamespace(device=torch.device("cuda:1")))
+    assert processes.own_device("cuda") == "cuda:1" and processes.own_device("cpu") == "cpu"
