@@ -1,6 +1,6 @@
 """A million frames through scoring and RA-BC: the most memory that it takes, which has to stay below 4 GB.
 
-    python -m benchmarks.memory [--frames 1000000]
+    python -m benchmarks.memory [--frames 1000000] [--stride 1]
 
 The demo, repeated until it has so many frames: numbers and metadata are written again, videos are linked, embeddings copied
 as float16. Then `progress.ensure_progress` and `rabc.compute` run on it with the demo's reward model, in a process of its own.
@@ -84,9 +84,10 @@ def peak() -> float:
     return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024 / 1e9
 
 
-def measure(folder: Path) -> dict[str, float]:
+def measure(folder: Path, stride: int) -> dict[str, float]:
     """Score and weigh what lies in `folder`; times in seconds, memory in GB."""
-    config = params.load("params.yaml", {"base.dataset": str(folder / "dataset"), "base.outputs": str(folder)})
+    here = {"base.dataset": str(folder / "dataset"), "base.outputs": str(folder), "rabc.stride": stride}
+    config = params.load("params.yaml", here)
     start = time.perf_counter()
     demos = dataset.from_params(config)
     embeddings = encoder.open_embeddings(folder / "embeddings", demos)
@@ -100,6 +101,7 @@ def measure(folder: Path) -> dict[str, float]:
     rabc.write_weights(folder / "weights.parquet", weights, {})
     return {
         "frames": demos.num_frames,
+        "stride": stride,
         "opening_seconds": opened - start,
         "scoring_seconds": scored - opened,
         "rabc_seconds": time.perf_counter() - scored,
@@ -110,10 +112,11 @@ def measure(folder: Path) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--frames", type=int, default=1_000_000)
+    parser.add_argument("--stride", type=int, default=1, help="score every n-th frame; memory does not depend on it")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
-        print(json.dumps(measure(arguments.measure)))
+        print(json.dumps(measure(arguments.measure, arguments.stride)))
         return
     config = params.load("params.yaml")
     demos = dataset.from_params(config)
@@ -123,7 +126,7 @@ def main() -> None:
         times = repeat(demos.root, folder / "dataset", arguments.frames)
         many = dataset.from_params(params.load("params.yaml", {"base.dataset": str(folder / "dataset")}))
         repeat_embeddings(source, folder / "embeddings", many, times)
-        command = [sys.executable, "-m", "benchmarks.memory", "--measure", str(folder)]
+        command = [sys.executable, "-m", "benchmarks.memory", "--measure", str(folder), "--stride", str(arguments.stride)]
         found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
     artifacts.write_json(RESULTS, found)
     print(json.dumps(found, indent=1))
