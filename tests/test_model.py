@@ -1,6 +1,5 @@
 """SARM is LeRobot's: same forward pass, same checkpoint, same progress; what LeRobot cannot express it refuses."""
 
-import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -119,8 +118,9 @@ def plain(model, windows, last=()):
     return model.fusion_backbone(h.view(batch, streams, length, width).transpose(1, 2).flatten(2))
 
 
+@pytest.mark.parametrize("gradients", [True, False])
 @pytest.mark.parametrize("options", [{}, {"kind": "past"}, {"cameras": 2}])
-def test_what_is_not_computed_changes_nothing(options):
+def test_what_is_not_computed_changes_nothing(options, gradients):
     """Padded positions, streams shared by two heads, and all that does not reach the position that is read."""
     ours = reward_model(spec(**options)).sarm.train()  # without dropout; `eval` has PyTorch skip work too
     for module in ours.modules():
@@ -128,21 +128,20 @@ def test_what_is_not_computed_changes_nothing(options):
             module.p = 0.0
     for layer in [*ours.stage_model.transformer.layers, *ours.subtask_model.transformer.layers]:
         layer.self_attn.dropout = 0.0
-    for lengths, gradients in itertools.product(([9, 13, 10], [9, 9], [13]), (True, False)):
-        torch.set_grad_enabled(gradients)  # without, other matrix products are used
-        batch = windows(ours.spec, lengths)
-        whole = plain(ours.stage_model, batch)
-        (found,) = ours.stage_model.features(batch)
-        torch.testing.assert_close(found[batch.valid], whole[batch.valid], atol=1e-6, rtol=1e-6)
-        one_hot = [torch.nn.functional.one_hot(torch.randint(0, k, batch.state.shape[:2]), k) for k in (2, 5)]
-        alone = [plain(ours.subtask_model, batch, [stages]) for stages in one_hot]
-        for read in (slice(None), slice(5), slice(4, 5), slice(8, 9)):
-            (found,) = ours.stage_model.features(batch, read=read)
-            valid = batch.valid[:, read]
-            torch.testing.assert_close(found[valid], whole[:, read][valid], atol=1e-6, rtol=1e-6)
-            for found, expected in zip(ours.subtask_model.features(batch, one_hot, read), alone, strict=True):
-                torch.testing.assert_close(found[valid], expected[:, read][valid], atol=1e-6, rtol=1e-6)
-    torch.set_grad_enabled(True)
+    with torch.set_grad_enabled(gradients):  # without, other matrix products are used
+        for lengths in ([9, 13, 10], [9, 9], [13]):
+            batch = windows(ours.spec, lengths)
+            whole = plain(ours.stage_model, batch)
+            (found,) = ours.stage_model.features(batch)
+            torch.testing.assert_close(found[batch.valid], whole[batch.valid], atol=1e-6, rtol=1e-6)
+            one_hot = [torch.nn.functional.one_hot(torch.randint(0, k, batch.state.shape[:2]), k) for k in (2, 5)]
+            alone = [plain(ours.subtask_model, batch, [stages]) for stages in one_hot]
+            for read in (slice(None), slice(5), slice(4, 5), slice(8, 9)):
+                (found,) = ours.stage_model.features(batch, read=read)
+                valid = batch.valid[:, read]
+                torch.testing.assert_close(found[valid], whole[:, read][valid], atol=1e-6, rtol=1e-6)
+                for found, expected in zip(ours.subtask_model.features(batch, one_hot, read), alone, strict=True):
+                    torch.testing.assert_close(found[valid], expected[:, read][valid], atol=1e-6, rtol=1e-6)
 
 
 def test_the_prediction_at_a_position_is_the_one_of_the_plain_forward():
