@@ -24,7 +24,7 @@ repro: data
 	@echo "Reports: outputs/reports/*.html"
 
 test: data
-	python -m pytest
+	python -m pytest -n auto --maxprocesses 4 --dist loadscope
 
 lab: data
 	jupyter lab notebooks

@@ -99,7 +99,7 @@ def write_dataset(root: Path, codec: str, group: int, frames: int) -> Dataset:
         images = {CAMERAS[0]: image, CAMERAS[1]: np.ascontiguousarray(image[::-1])}
         dataset.add_frame({**images, "observation.state": state, "action": state, "task": "look"})
         if t + 1 in (SHORT, SHORT + frames, 2 * SHORT + frames):
-            dataset.save_episode()
+            dataset.save_episode(parallel_encoding=False)
     dataset.finalize()
     return open_dataset(root)
 

@@ -69,7 +69,7 @@ def make_dataset(folder: Path) -> Path:
         for t, row in enumerate(range(episode.row, episode.row + FRAMES)):
             numbers = {STATE: demo.states[row], "action": demo.actions[row]}
             raw.add_frame({CAMERA: images[t], **numbers, "task": TASK})
-        raw.save_episode()
+        raw.save_episode(parallel_encoding=False)
     raw.finalize()
     dataset, annotations = open_dataset(folder / "raw"), []
     for episode in dataset.episodes:
@@ -212,8 +212,10 @@ class Bench:
         seconds, theirs = self.kept[key]
         columns = [name for name in mine if name.startswith("progress")]
         difference = np.abs(mine[columns].to_numpy() - theirs[columns].to_numpy()).max()
-        found = {"frames": len(mine), "flops_per_frame": self.flops(clip, model, demos, config)}
-        return result(max(before, after), seconds, difference) | found
+        flops = self.flops(clip, model, demos, config)
+        found = {"frames": len(mine), "flops_per_frame": flops}
+        slower = max(before, after)
+        return result(slower, seconds, difference) | found | self.rate(sum(flops.values()) * len(mine), slower, precision)
 
     def flops(self, clip, model, demos, config) -> dict[str, float]:
         """Floating point operations a frame: of encoding it once, and of scoring it."""
@@ -232,6 +234,22 @@ class Bench:
             progress.score(model.sarm, store, np.arange(8), model.spec.heads)
         return {"encode": encoding.get_total_flops() / 8, "score": scoring.get_total_flops() / 8}
 
+    def rate(self, flops: float, seconds: float, precision: str) -> dict[str, float]:
+        """What was reached of the arithmetic, in GFLOP/s, beside what a large product of two matrices reaches here."""
+        import torch
+
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        left = torch.randn(2048, 2048, device=self.device, dtype=dtype)
+
+        def product() -> None:
+            left @ left
+            if self.device == "cuda":
+                torch.cuda.synchronize()
+
+        product()
+        fastest = min(timed(product)[0] for _ in range(5))
+        return {"gflop_per_s": flops / seconds / 1e9, "matmul_gflop_per_s": 2 * 2048**3 / fastest / 1e9}
+
     # --- training -------------------------------------------------------------------------------------------------------
 
     def training(self, precision: str) -> dict:
@@ -243,8 +261,9 @@ class Bench:
         import numpy as np
         import torch
         from accelerate.state import AcceleratorState
+        from torch.utils.flop_counter import FlopCounterMode
 
-        from sarm_lib import checkpoint, dataset, encoder, lerobot_io, training
+        from sarm_lib import checkpoint, dataset, encoder, kernels, lerobot_io, training
 
         config = self.config("dual", precision)
         demos, clip = dataset.from_params(config), encoder.from_params(self.config("dual", "fp32"), self.device)
@@ -275,7 +294,11 @@ class Bench:
         if key not in self.kept:
             self.kept[key] = self.lerobot_training_step(batch_size)
         after = min(timed(ours)[0] for _ in range(3))
-        return result(max(before, after), self.kept[key], self.loss_difference(precision))
+        with mock.patch.object(kernels, "_has_onednn", lambda: False), FlopCounterMode(display=False) as step:
+            ours()
+        slower, flops = max(before, after), step.get_total_flops()
+        row = result(slower, self.kept[key], self.loss_difference(precision))
+        return row | {"flops_per_step": flops} | self.rate(flops, slower, precision)
 
     def lerobot_training_step(self, batch_size: int) -> float:
         import torch
@@ -503,6 +526,7 @@ def main() -> None:
                 **measure(name, benches[device], folder),
                 "device": where,
                 "threads": arguments.threads,
+                "date": time.strftime("%Y-%m-%d"),
             }
             print(json.dumps(rows[name]), flush=True)
             ordered = [rows[n] for n in [*NAMES, *(f"{n}_gpu" for n in ON_GPU)] if n in rows]

@@ -114,7 +114,7 @@ def add_episode(dataset: LeRobotDataset, demonstration: Demonstration, images: l
                 "task": TASK,
             }
         )
-    dataset.save_episode()
+    dataset.save_episode(parallel_encoding=False)  # no fork of a process that has OpenGL's threads
 
 
 def write_splits(root: Path) -> None:

@@ -98,7 +98,8 @@ def _record(dataset, lengths: tuple[int, ...], seed: int, state_keys: tuple[str,
                 "task": TASKS[episode % 2],
             }
             dataset.add_frame(frame)
-        dataset.save_episode()
+        # LeRobot would encode the cameras in forked processes: a fork of a process with threads may hang for ever
+        dataset.save_episode(parallel_encoding=False)
     dataset.finalize()
 
 
