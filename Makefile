@@ -2,13 +2,14 @@
 # make lab     open the notebooks              make smoke   ten episodes of your dataset through every notebook
 # make lint    check style                     make lock    renew requirements.lock
 # make scorecard   train and measure the ablations of SARM (about half an hour)
+# make experiment   policies with and without the weights, and every control, in the simulator (hours; resumable; needs OpenGL)
 # make bench   speed beside LeRobot's own code, memory, and what half precision changes (half an hour)
 # make demo    record the demo dataset again (needs OpenGL)
 # Each builds what it needs. PYTHON=/path/to/python3.12 chooses the interpreter.
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: env data repro test lab smoke lint lock demo scorecard bench clean
+.PHONY: env data repro test lab smoke lint lock demo scorecard bench experiment clean
 
 VENV := .venv
 BIN := $(abspath $(VENV))/bin
@@ -44,6 +45,9 @@ bench: repro
 	python -m benchmarks.speed
 	python -m benchmarks.memory
 	python -m benchmarks.precision
+
+experiment: repro
+	python -m benchmarks.experiment
 
 demo: env
 	python -m demo.record data/demo/assembly

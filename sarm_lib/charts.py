@@ -186,7 +186,7 @@ def delta_histogram(delta: np.ndarray, weight: np.ndarray, kappa: float) -> alt.
         )
     )
     rule = alt.Chart(pd.DataFrame({"kappa": [kappa]})).mark_rule(strokeDash=[4, 3]).encode(x="kappa:Q")
-    label = alt.Chart(pd.DataFrame({"kappa": [kappa], "text": [f"κ = {kappa:g}"]})).mark_text(
+    label = alt.Chart(pd.DataFrame({"kappa": [kappa], "text": [f"κ = {kappa:.3g}"]})).mark_text(
         align="left", dx=4, dy=-4, baseline="top"
     )
     return (bars + rule + label.encode(x="kappa:Q", y=alt.value(10), text="text:N")).properties(
@@ -243,6 +243,32 @@ def policy_curve(curve: pd.DataFrame) -> alt.Chart:
         )
         .properties(width=WIDTH, height=HEIGHT)
     )
+
+
+def rollouts(scores: dict[str, list[np.ndarray]], done: dict[str, list], fps: float) -> alt.FacetChart:
+    """Progress of every rollout over time, a row an arm, coloured by how it ended."""
+    tables = [
+        pd.DataFrame({"time": shown / fps, "progress": phi[shown], "rollout": str(r.seed), "arm": arm, "ended": end})
+        for arm in scores
+        for phi, r in zip(scores[arm], done[arm], strict=True)
+        for end in ["success" if r.success else "failure"]
+        for shown in [thinned(len(phi), MOST_POINTS // max(1, len(scores[arm])))]
+    ]
+    lines = (
+        alt.Chart(pd.concat(tables))
+        .mark_line(opacity=0.8)
+        .encode(
+            x=alt.X("time:Q", title="time (s)", scale=alt.Scale(nice=False)),
+            y=alt.Y("progress:Q", title="progress φ", scale=alt.Scale(domain=[0, 1])),
+            detail="rollout:N",
+            color=alt.Color(
+                "ended:N", scale=alt.Scale(domain=["success", "failure"], range=[PREDICTED, ACCENT]), title=None
+            ),
+        )
+        .properties(width=WIDTH, height=HEIGHT // 2)
+    )
+    header = alt.Header(title=None, labelAnchor="start", labelOrient="top")
+    return lines.facet(row=alt.Row("arm:N", sort=list(scores), header=header), title="Progress of every rollout")
 
 
 def filmstrip(images: np.ndarray, labels: list[str], width: int = 1280) -> Image.Image:

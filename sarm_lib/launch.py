@@ -3,6 +3,7 @@
     accelerate launch -m sarm_lib.launch encode         stage 00's embeddings, an episode a process in turn
     accelerate launch -m sarm_lib.launch train          stage 03's training, a batch shared among the processes
     accelerate launch -m sarm_lib.launch score          stage 05's progress, a block of episodes a process in turn
+    accelerate launch -m sarm_lib.launch policy         stage 06's policies, each step's frames shared among the processes
 
 They run on as many GPUs and machines as `accelerate config` was told; machines need one `outputs/` that all of them see. The
 functions are those that the notebooks call, and what they make does not depend on how many processes of as many threads
@@ -14,9 +15,9 @@ import json
 import logging
 from pathlib import Path
 
-from sarm_lib import checkpoint, dataset, encoder, lerobot_io, progress, training
+from sarm_lib import checkpoint, dataset, encoder, lerobot_io, policy, progress, training
 from sarm_lib.params import load
-from sarm_lib.processes import own_device
+from sarm_lib.processes import own_device, share
 
 log = logging.getLogger("sarm")
 
@@ -57,7 +58,17 @@ def train(params) -> Path:
     return folder
 
 
-STAGES = {"encode": encode, "train": train, "score": score}
+def train_policies(params) -> Path:
+    """Stage 06's policies. Returns the folder of the last one."""
+    demos, device = dataset.from_params(params), dataset.pick_device(params.base.device)
+    frames = policy.frames_for(params.policy, demos, ("train",), own_device(device))
+    for arm in policy.arms(params, demos):
+        folder = params.paths.write(f"policy/{arm.name}")
+        policy.train_arm(arm, params, demos, frames, device, folder)
+    return folder
+
+
+STAGES = {"encode": encode, "train": train, "score": score, "policy": train_policies}
 
 
 def main() -> None:
@@ -66,8 +77,11 @@ def main() -> None:
     parser.add_argument("--params-file", default="params.yaml")
     parser.add_argument("--overrides", default={}, type=json.loads, help='such as {"sarm.steps": 5000}')
     arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    log.info("%s", STAGES[arguments.stage](load(arguments.params_file, arguments.overrides)))
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)  # libraries configure it when imported
+    params = load(arguments.params_file, arguments.overrides)
+    processes = share(dataset.pick_device(params.base.device))
+    log.info("process %d of %d", processes.process_index + 1, processes.num_processes)
+    log.info("%s", STAGES[arguments.stage](params))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sarm_lib.annotations import Annotation, Segment, columns
-from sarm_lib.artifacts import remove, staged
+from sarm_lib.artifacts import read_provenance, remove, staged
 from sarm_lib.dataset import ANNOTATION_MARK, Dataset, fingerprint
 from sarm_lib.stages import Labels, given_up, targets
 
@@ -107,3 +107,17 @@ def read_labels(folder: Path, dataset: Dataset, heads: tuple[str, ...]) -> Label
             stage[head][episode.rows], tau[head][episode.rows] = targets(segments, names[head], episode.length)
             undone[head][episode.rows] = given_up(segments, names[head], episode.length)
     return Labels(stage, tau, names, shares, frozenset(annotated), undone)
+
+
+def export_progress(progress: Path, root: Path, dataset_fingerprint: str) -> Path:
+    """Put a progress file where LeRobot looks for it: into the folder of its dataset, as `sarm_progress.parquet`.
+
+    Raises ValueError where it is the progress of another dataset.
+    """
+    made = (read_provenance(progress) or {}).get("fingerprint")
+    if made != dataset_fingerprint:
+        raise ValueError(f"{progress} is the progress of another dataset ({made}, {root} is {dataset_fingerprint})")
+    target = root / progress.name
+    with staged(target) as partial:
+        shutil.copyfile(progress, partial)
+    return target

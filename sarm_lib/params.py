@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, PrivateAttr, ValidationError, model_validator
 
 from sarm_lib.artifacts import digest
 
@@ -21,6 +21,17 @@ Head = Literal["sparse", "dense"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0)]
+
+
+def _kappa(value: Any) -> float | str:
+    if isinstance(value, float | int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, str) and re.fullmatch(r"mean(\+2?std)?|(mean_weight|quantile)=(0?\.\d+|[01])", value):
+        return value
+    raise ValueError("should be a number, mean, mean+std, mean+2std, mean_weight=0.5 or quantile=0.6")
+
+
+Kappa = Annotated[float | str, PlainValidator(_kappa)]  # a number or a rule: `rabc.kappa_of`
 
 
 class ParamsError(ValueError):
@@ -166,13 +177,16 @@ class Rabc(Section):
     """05: progress of every frame and the weights."""
 
     reward_model_path: str | None  # score with another reward model instead of stage 03's
+    progress_path: str | None  # score nothing: take the progress from this file
     head_mode: Literal["sparse", "dense", "both"]
     stride: Positive
     batch_size: Positive
     precision: Literal["fp32", "bf16"]  # of scoring
-    kappa: float
+    kappa: Kappa
     epsilon: Rate
     delta_frames: Positive | None  # Δ; None takes the policy's chunk size
+    lerobot_compat: bool  # what LeRobot's RABCWeights gives, defects and all
+    num_visualizations: Annotated[int, Field(ge=0)]  # lightest and heaviest frames to show
 
 
 class Policy(Section):
@@ -185,12 +199,29 @@ class Policy(Section):
     n_action_steps: Positive
     steps: Positive
     batch_size: Positive
+    accumulate: Positive  # batches that make a step
+    weighting: Literal["loss", "sampling"]  # Eq 7, or frames drawn by their weights
+    noise_draws: Positive  # of π0: noises tried on each frame of a batch
     learning_rate: Rate
     warmup_steps: Annotated[int, Field(ge=0)]
+    precision: Literal["auto", "fp32", "bf16"]
     cache_frames: bool  # hold all frames in memory at the policy's resolution
     num_workers: Annotated[int, Field(ge=0)]
     log_every: Positive
     save_every: Positive
+
+
+class Evaluate(Section):
+    """07: the policies act in a simulator, or are held against held-out episodes."""
+
+    environment: str | None  # package.module:Name or a Gymnasium id; None where there is no simulator
+    environment_options: dict[str, Any]
+    rollouts: Positive
+    first_seed: Annotated[int, Field(ge=0)]
+    num_environments: Positive  # that act together
+    max_frames: Positive
+    num_visualizations: Annotated[int, Field(ge=0)]  # rollouts of each arm to show
+    reference_group: str | None  # without a simulator: test episodes of this group; None for all
 
 
 class Params(Section):
@@ -202,6 +233,7 @@ class Params(Section):
     visualize: Visualize
     rabc: Rabc
     policy: Policy
+    evaluate: Evaluate
 
     _root: Path = PrivateAttr()
     _scratch: str | None = PrivateAttr(default=None)
@@ -344,6 +376,7 @@ def _explain(error: dict[str, Any]) -> str:
     if error["type"] == "missing":
         return f"  {path}: missing"
     found = error["input"]
+    error["msg"] = error["msg"].removeprefix("Value error, ")
     if isinstance(found, float) and math.isnan(found):
         found = "nan"
     return f"  {path}: {error['msg'].lower()}, found {found!r}"

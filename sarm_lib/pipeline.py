@@ -3,6 +3,7 @@
     python -m sarm_lib.pipeline sources          what stages depend on: notebooks without outputs, the dataset's name
     python -m sarm_lib.pipeline run 03_train_sarm
     python -m sarm_lib.pipeline smoke            ten episodes through every notebook, on one page, outputs/scratch/smoke
+    python -m sarm_lib.pipeline export           the progress file into outputs/dataset, where lerobot-train looks for it
 
 Saving a notebook changes its file but not its code, so stages depend on the code alone. papermill runs the page with the
 values of `params.yaml`, whatever overrides somebody saved in its `parameters` cell; a run that fails leaves its report
@@ -23,9 +24,9 @@ from nbclient.exceptions import DeadKernelError
 from nbconvert import HTMLExporter
 from traitlets.config import Config
 
-from sarm_lib import corrections
+from sarm_lib import corrections, lerobot_io
 from sarm_lib import dataset as datasets
-from sarm_lib.artifacts import folder_identity, read_json, staged, write_json
+from sarm_lib.artifacts import file_digest, folder_identity, read_json, staged, write_json
 from sarm_lib.encoder import identity
 from sarm_lib.params import find_upwards, load
 
@@ -50,6 +51,7 @@ SMOKE = {
     "policy.log_every": 2,
     "policy.warmup_steps": 1,
     "policy.save_every": 1000,
+    "evaluate.environment": None,
 }
 
 
@@ -84,6 +86,8 @@ def write_sources(root: Path) -> None:
         for name, path in (("reward_model", params.rabc.reward_model_path), ("policy", params.policy.pretrained_path)):
             files = folder_identity(params.paths.resolve(path)) if path else None
             write_json(partial / f"{name}.json", {"path": path, "files": files})
+        taken = params.rabc.progress_path and params.paths.resolve(params.rabc.progress_path)
+        write_json(partial / "progress.json", {"file": file_digest(taken) if taken and taken.is_file() else None})
         write_json(partial / "encoder.json", {"encoder": params.prepare.encoder, "identity": identity(params.encoder)})
 
 
@@ -119,6 +123,14 @@ def smoke(root: Path) -> None:
     nbformat.write(chain, folder / "chain.ipynb")
     execute(folder / "chain.ipynb", folder / "smoke.ipynb", cwd=root / "notebooks")
     log.info("the whole chain runs on this dataset")
+
+
+def export(root: Path, to: Path | None) -> Path:
+    """Copy `sarm_progress.parquet` into the folder of its dataset, for `lerobot-train`. Returns where it is."""
+    paths = load(root / "params.yaml").paths
+    target = to or paths.read("dataset", "02_verify")
+    progress = paths.read("sarm_progress.parquet", "05_compute_rabc")
+    return lerobot_io.export_progress(progress, target, datasets.fingerprint(target))
 
 
 def execute(notebook: Path, report: Path, parameters: dict[str, Any] | None = None, cwd: Path | None = None) -> None:
@@ -168,6 +180,9 @@ def main() -> None:
     commands.add_parser("sources")
     commands.add_parser("run").add_argument("name")
     commands.add_parser("smoke")
+    commands.add_parser("export", help="put the progress file where lerobot-train looks for it").add_argument(
+        "--to", type=Path, default=None, help="a folder of the same dataset; outputs/dataset if not said"
+    )
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("papermill").setLevel(logging.WARNING)
@@ -177,6 +192,8 @@ def main() -> None:
         write_sources(root)
     elif arguments.command == "run":
         run(root, arguments.name)
+    elif arguments.command == "export":
+        print(export(root, arguments.to))
     else:
         smoke(root)
 

@@ -1,6 +1,4 @@
-"""Training a LeRobot policy with and without RA-BC weights (Eq 7).
-
-    L_RABC = Σ_i w_i ℓ_i / (Σ_i w_i + ε)                                                       Eq 7
+"""Training a LeRobot policy with and without RA-BC weights (Eq 7, `losses`), or on frames drawn by their weights.
 
 Policies, processors and checkpoints are LeRobot's, made by its factory; the loop is ours, because LeRobot's counts padded
 actions in a sample's loss and cannot run two arms on the same draws. Both arms see the same frames and the same noise in
@@ -14,17 +12,18 @@ checkpoint and no link to `checkpoints/<step>`, because DVC turns links into cop
 
 import contextlib
 import dataclasses
-import inspect
 import io
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 from huggingface_hub import hf_hub_download
 from lerobot.common.train_utils import load_training_state, save_checkpoint
 from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
@@ -35,18 +34,17 @@ from lerobot.optim import CosineDecayWithWarmupSchedulerConfig
 from lerobot.policies import get_policy_class, make_policy, make_pre_post_processors
 from lerobot.policies.common.vla_utils import resize_with_pad_torch
 from lerobot.policies.factory import make_policy_config
-from lerobot.policies.pi0.modeling_pi0 import PI0Policy
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.processor import RenameObservationsProcessorStep
-from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
+from lerobot.utils.constants import ACTION, OBS_STATE
 from lerobot.utils.feature_utils import dataset_to_policy_features
 from lerobot.utils.random_utils import set_seed
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import sarm_lib.small_pi0  # noqa: F401  (registers the policy type)
+from sarm_lib import rabc
 from sarm_lib.artifacts import (
     PROVENANCE,
     code_digest,
@@ -59,6 +57,7 @@ from sarm_lib.artifacts import (
     write_json,
 )
 from sarm_lib.dataset import Dataset, Episode, fingerprint, rows_of
+from sarm_lib.losses import FLOW_MATCHING, WeightedLoss, gives_sample_losses, per_sample_loss, sample_noise
 from sarm_lib.schedule import learning_rate
 
 log = logging.getLogger(__name__)
@@ -117,8 +116,11 @@ def make_config(settings, device: str) -> PreTrainedConfig:
     types = PreTrainedConfig.get_known_choices()
     if settings.type not in types:
         raise ValueError(f"policy.type: LeRobot has no {settings.type!r}; it has {', '.join(sorted(types))}")
-    if "reduction" not in inspect.signature(get_policy_class(settings.type).forward).parameters:
-        raise ValueError(f"policy.type: {settings.type} gives no loss of a single sample to weight; pi0 does")
+    if settings.weighting == "loss" and not gives_sample_losses(get_policy_class(settings.type)):
+        raise ValueError(
+            f"policy.weighting: {settings.type} gives no loss of a single sample to weight; draw the samples by their weights "
+            "instead (sampling)"
+        )
     if settings.n_action_steps > settings.chunk_size:
         raise ValueError(
             f"policy.n_action_steps: {settings.n_action_steps} of a chunk of {settings.chunk_size} (policy.chunk_size) actions"
@@ -127,10 +129,11 @@ def make_config(settings, device: str) -> PreTrainedConfig:
     for name in settings.config:
         if name not in fields:
             raise ValueError(f"policy.config: {settings.type} has no {name!r}; it has {', '.join(sorted(fields))}")
+    chunk = "chunk_size" if "chunk_size" in fields else "horizon"  # Diffusion's name
     return make_policy_config(
         settings.type,
         device=device,
-        chunk_size=settings.chunk_size,
+        **{chunk: settings.chunk_size},
         n_action_steps=settings.n_action_steps,
         push_to_hub=False,
         pretrained_path=Path(settings.pretrained_path) if settings.pretrained_path else None,
@@ -199,38 +202,6 @@ def training_statistics(dataset: Dataset) -> dict[str, dict[str, np.ndarray]]:
     return statistics | {key: dataset.lerobot_metadata.stats[key] for key in dataset.camera_keys}
 
 
-def per_sample_loss(policy: PreTrainedPolicy, batch: dict[str, Any]) -> Tensor:
-    """ℓ_i (B,): π0's flow-matching loss over the actions that exist, other policies' own per-sample loss.
-
-    LeRobot's `reduction="none"` also averages over the actions padded beyond the end of an episode.
-    """
-    if not isinstance(policy, PI0Policy):
-        return policy.forward(batch, reduction="none")[0]
-    images, masks = policy._preprocess_images(batch)
-    actions = policy.prepare_action(batch)
-    noise = policy.model.sample_noise(actions.shape, actions.device)
-    time = policy.model.sample_time(actions.shape[0], actions.device)
-    tokens, token_mask = batch[OBS_LANGUAGE_TOKENS], batch[OBS_LANGUAGE_ATTENTION_MASK]
-    losses = policy.model.forward(images, masks, tokens, token_mask, policy.prepare_state(batch), actions, noise, time)
-    losses = losses[..., : policy.config.output_features[ACTION].shape[0]].mean(-1)  # (B, chunk)
-    exists = ~batch["action_is_pad"]
-    return (losses * exists).sum(1) / exists.sum(1)
-
-
-class WeightedLoss(nn.Module):
-    """Eq 7 over a batch; without weights, the plain mean."""
-
-    def __init__(self, policy: PreTrainedPolicy, epsilon: float) -> None:
-        super().__init__()
-        self.policy, self.epsilon = policy, epsilon
-
-    def forward(self, batch: dict[str, Any], weight: Tensor | None) -> Tensor:
-        losses = per_sample_loss(self.policy, batch)
-        if weight is None:
-            return losses.mean()
-        return (weight * losses).sum() / (weight.sum() + self.epsilon)
-
-
 # --- batches --------------------------------------------------------------------------------------------------------
 
 
@@ -246,47 +217,65 @@ class CachedFrames:
     chunk_size: int
     images: dict[str, np.ndarray]  # a camera: (M, 3, H, W) uint8
     position: np.ndarray  # (N,) row of the dataset -> row of `images`, -1 where it is not held
+    observation_deltas: tuple[int, ...] | None = None  # frames a policy sees beside the current one: 0 is that
+    action_deltas: tuple[int, ...] | None = None  # actions it learns; None for the chunk from the current frame on
 
     def batches(self, rows: Iterable[np.ndarray]) -> Iterator[dict[str, Any]]:
         return map(self.batch, rows)
 
     def batch(self, rows: np.ndarray) -> dict[str, Any]:
         dataset, frames = self.dataset, self.dataset.frames
-        held = self.position[rows]
+        first = rows - frames.frame_index.to_numpy()[rows]
+        last = first + self._lengths[rows] - 1
+        seen = rows
+        if self.observation_deltas is not None:  # (B, T), as LeRobot's loader repeats the ends of an episode
+            seen = np.clip(rows[:, None] + np.array(self.observation_deltas), first[:, None], last[:, None])
+        held = self.position[seen]
         assert (held >= 0).all(), "a frame that is not in the cache"
-        last = rows - frames.frame_index.to_numpy()[rows] + self._lengths[rows] - 1
-        chunk = rows[:, None] + np.arange(self.chunk_size)
+        chunk = rows[:, None] + np.array(self.action_deltas or range(self.chunk_size))
         tasks = dataset.tasks
         return {
             **{key: torch.from_numpy(images[held]).float() / 255 for key, images in self.images.items()},
-            dataset.state_key: torch.from_numpy(dataset.states[rows]),
-            ACTION: torch.from_numpy(dataset.actions[np.minimum(chunk, last[:, None])]),
-            "action_is_pad": torch.from_numpy(chunk > last[:, None]),
+            dataset.state_key: torch.from_numpy(dataset.states[seen]),
+            ACTION: torch.from_numpy(dataset.actions[np.clip(chunk, first[:, None], last[:, None])]),
+            "action_is_pad": torch.from_numpy((chunk < first[:, None]) | (chunk > last[:, None])),
             "index": torch.from_numpy(frames["index"].to_numpy()[rows]),
             "task": [tasks[i] for i in frames.task_index.to_numpy()[rows]],
         }
 
-    @property
+    @cached_property
     def _lengths(self) -> np.ndarray:
         return np.repeat([e.length for e in self.dataset.episodes], [e.length for e in self.dataset.episodes])
 
 
 def cache_frames(
-    dataset: Dataset, episodes: tuple[Episode, ...], image_keys: list[str], resolution: tuple[int, int], chunk_size: int
+    dataset: Dataset,
+    episodes: tuple[Episode, ...],
+    image_keys: list[str],
+    resolution: tuple[int, int] | None,
+    chunk_size: int,
+    deltas: tuple[tuple[int, ...] | None, tuple[int, ...] | None] = (None, None),
 ) -> CachedFrames:
-    """Decode `episodes` once and hold them at `resolution`, resized as π0 does it."""
+    """Decode `episodes` once and hold them at `resolution`, resized as π0 does it, or as they are.
+
+    deltas: of the frames that a policy sees and of the actions that it learns (`CachedFrames`).
+    """
     position, count = np.full(dataset.num_frames, -1), 0
     for episode in episodes:
         position[episode.rows] = np.arange(count, count + episode.length)
         count += episode.length
-    images = {key: np.empty((count, 3, *resolution), dtype=np.uint8) for key in image_keys}
+    size = {key: tuple(resolution or dataset.features[key]["shape"][:2]) for key in image_keys}
+    images = {key: np.empty((count, 3, *size[key]), dtype=np.uint8) for key in image_keys}
     for key in image_keys:
         frames = tqdm(dataset.iterate_frames(key, episodes), total=count, desc=key, unit="frame", mininterval=5)
         for i, (_, image) in enumerate(frames):
+            if image.shape[:2] == size[key]:
+                images[key][i] = image.transpose(2, 0, 1)
+                continue
             pixels = torch.from_numpy(image)[None].float() / 255
-            resized = resize_with_pad_torch(pixels, *resolution)[0]
+            resized = resize_with_pad_torch(pixels, *size[key])[0]
             images[key][i] = (resized * 255).round().byte().permute(2, 0, 1).numpy()
-    return CachedFrames(dataset, chunk_size, images, position)
+    return CachedFrames(dataset, chunk_size, images, position, *deltas)
 
 
 @dataclass
@@ -296,27 +285,39 @@ class StreamedFrames:
     dataset: Dataset
     chunk_size: int
     num_workers: int
+    observation_deltas: tuple[int, ...] | None = None
+    action_deltas: tuple[int, ...] | None = None
 
     def batches(self, rows: Iterable[np.ndarray]) -> Iterator[dict[str, Any]]:
         meta, index = self.dataset.lerobot_metadata, self.dataset.frames["index"].to_numpy()
+        seconds = lambda deltas: [delta / meta.fps for delta in deltas]  # noqa: E731
+        timestamps = {ACTION: seconds(self.action_deltas or range(self.chunk_size))}
+        if self.observation_deltas is not None:
+            seen = (*self.dataset.camera_keys, self.dataset.state_key)
+            timestamps |= dict.fromkeys(seen, seconds(self.observation_deltas))
         source = LeRobotDataset(
-            meta.repo_id,
-            root=meta.root,
-            delta_timestamps={ACTION: [i / meta.fps for i in range(self.chunk_size)]},
-            video_backend=video_backend(),
+            meta.repo_id, root=meta.root, delta_timestamps=timestamps, video_backend=video_backend()
         )
         sampler = ([int(index[row]) for row in batch] for batch in rows)
-        loader = torch.utils.data.DataLoader(source, batch_sampler=_Once(sampler), num_workers=self.num_workers)
-        return iter(loader)
+        # Spawned: a fork of a process that has threads may hang for ever.
+        workers = {"num_workers": self.num_workers, "multiprocessing_context": "spawn"} if self.num_workers else {}
+        return iter(torch.utils.data.DataLoader(source, batch_sampler=_Once(sampler), **workers))
 
 
 def frames_for(settings, dataset: Dataset, splits: tuple[str, ...], device: str) -> CachedFrames | StreamedFrames:
     """Where the policy's batches come from, for the episodes of `splits`. settings: `params.policy`."""
+    return frames_of(settings, dataset, [e for split in splits for e in dataset.split(split)], device)
+
+
+def frames_of(settings, dataset: Dataset, episodes: Sequence[Episode], device: str) -> CachedFrames | StreamedFrames:
+    """The same, for some episodes."""
+    config = make_config(settings, device)
+    seen, learned = config.observation_delta_indices, config.action_delta_indices
+    deltas = tuple(seen) if seen and list(seen) != [0] else None, tuple(learned) if learned else None
     if not settings.cache_frames:
-        return StreamedFrames(dataset, settings.chunk_size, settings.num_workers)
-    resolution = make_config(settings, device).image_resolution
-    episodes = tuple(episode for split in splits for episode in dataset.split(split))
-    return cache_frames(dataset, episodes, dataset.camera_keys, resolution, settings.chunk_size)
+        return StreamedFrames(dataset, settings.chunk_size, settings.num_workers, *deltas)
+    resolution = getattr(config, "image_resolution", None) or getattr(config, "resize_imgs_with_padding", None)
+    return cache_frames(dataset, tuple(episodes), dataset.camera_keys, resolution, settings.chunk_size, deltas)
 
 
 def video_backend() -> str:
@@ -344,21 +345,61 @@ class _Once:
 
 @dataclass(frozen=True)
 class Arm:
-    """One policy to train: its name, and a weight for every row of the dataset, or None for plain BC."""
+    """One policy to train: its name, and for every row of the dataset a weight and the r it comes from, or None for
+    plain BC."""
 
     name: str
-    weights: np.ndarray | None  # (N,) float32
+    weights: np.ndarray | None = None  # (N,) float32
+    deltas: np.ndarray | None = None  # (N,) float32, only to be logged
+
+
+def arms(params, dataset: Dataset) -> list[Arm]:
+    """The two policies of stage 06: plain BC, and RA-BC with the weights of stage 05."""
+    path = params.paths.read("rabc_weights.parquet", "05_compute_rabc")
+    return [Arm("bc"), Arm("rabc", *rabc.weights_of_rows(path, params, dataset))]
+
+
+class Draws:
+    """Which rows a training step learns from, and how much each counts.
+
+    Every row alike, scaled in the loss; or, with `by_weight`, each as often as its weight says and then alike: equal in
+    expectation, and no row of weight 0 is computed. Both take the same random numbers, so that arms are paired.
+    Raises ValueError where no row has weight.
+    """
+
+    def __init__(self, rows: np.ndarray, weights: np.ndarray | None, by_weight: bool, seed: int) -> None:
+        self.rows, self.weights, self.seed = rows, weights, seed
+        share = np.ones(len(rows)) if weights is None or not by_weight else weights[rows].astype(np.float64)
+        if weights is not None and not (weights[rows] > 0).any():
+            raise ValueError(
+                "every training frame has weight 0: there is nothing to learn from (rabc.kappa, notebook 05)"
+            )
+        self.cumulative = np.cumsum(share / share.sum())
+        self.cumulative[-1] = 1.0
+        self.scales = weights is not None and not by_weight
+
+    def at(self, step: int, samples: int) -> np.ndarray:
+        """Rows (samples,) of a step."""
+        uniform = np.random.default_rng([self.seed, step]).random(samples)
+        return self.rows[np.searchsorted(self.cumulative, uniform, side="right")]
 
 
 def train_arm(
-    arm: Arm, params, dataset: Dataset, frames: CachedFrames | StreamedFrames, device: str, folder: Path
+    arm: Arm,
+    params,
+    dataset: Dataset,
+    frames: CachedFrames | StreamedFrames,
+    device: str,
+    folder: Path,
+    seed: int | None = None,
 ) -> list[dict[str, float]]:
-    """Train one arm into `folder` and return its learning curve.
+    """Train one arm into `folder` and return its learning curve. seed: `base.seed` if not said.
 
-    What was trained before from the same inputs is kept, and a run that was stopped goes on where it last saved.
+    What was trained before from the same inputs is kept, and a run that was stopped goes on where it last saved. Under
+    `accelerate launch` every process learns from a part of each step's rows; Σ w of Eq 7 is over all of them.
     """
-    settings, seed = params.policy, params.base.seed
-    made_from = provenance(arm, params, dataset)
+    settings, seed = params.policy, params.base.seed if seed is None else seed
+    made_from = provenance(arm, params, dataset, seed)
     work = params.paths.write(f"work/policy-{arm.name}-{digest(made_from)}")
     if is_current(folder, made_from):
         log.info("%s: trained already with these data, weights and settings", arm.name)
@@ -366,60 +407,118 @@ def train_arm(
     torch.manual_seed(seed)
     policy, preprocessor, postprocessor = make(settings, dataset, device)
     trainable = [p for p in policy.parameters() if p.requires_grad]
-    optimizer = policy.config.get_optimizer_preset().build(trainable)
+    preset = policy.config.get_optimizer_preset()
+    optimizer = preset.build(trainable)
     for group in optimizer.param_groups:
         group["lr"] = settings.learning_rate
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda s: learning_rate(s, settings.steps, settings.warmup_steps)
     )
-    accelerator = Accelerator(cpu=device == "cpu")
-    model, optimizer = accelerator.prepare(WeightedLoss(policy, params.rabc.epsilon), optimizer)
+    accelerator = make_accelerator(settings, device)
+    model, optimizer = accelerator.prepare(WeightedLoss(policy, params.rabc.epsilon, settings.noise_draws), optimizer)
     config = _train_config(settings, dataset, policy, arm, seed)
     step, curve = _resume(work, policy, optimizer, scheduler)
 
-    rows = rows_of(dataset.split("train"))
-    draw = lambda s: np.random.default_rng([seed, s, accelerator.process_index]).choice(rows, settings.batch_size)  # noqa: E731
-    bar = tqdm(initial=step, total=settings.steps, desc=f"training {arm.name}", unit="step", mininterval=5)
-    running: list[tuple[float, float]] = []
+    parts, size = settings.accumulate * accelerator.num_processes, settings.batch_size
+    mine = range(accelerator.process_index, parts, accelerator.num_processes)
+    draws = Draws(rows_of(dataset.split("train")), arm.weights, settings.weighting == "sampling", seed)
+    drawn = lambda s: draws.at(s, parts * size).reshape(parts, size)  # noqa: E731
+    batches = frames.batches(drawn(s)[part] for s in range(step, settings.steps) for part in mine)
+    quiet = not accelerator.is_main_process
+    bar = tqdm(
+        initial=step, total=settings.steps, desc=f"training {arm.name}", unit="step", mininterval=5, disable=quiet
+    )
+    running: list[dict[str, float]] = []
     policy.train()
-    for batch in frames.batches(draw(s) for s in range(step, settings.steps)):
-        weight = None if arm.weights is None else torch.from_numpy(arm.weights[draw(step)]).to(accelerator.device)
-        torch.manual_seed(seed * 1_000_003 + step)  # the same noise and times for every arm, also after a resumption
-        loss = model(preprocessor(batch), weight)
+    while step < settings.steps:
+        rows = drawn(step)
+        weight = torch.from_numpy(arm.weights[rows]).to(accelerator.device) if draws.scales else None
         optimizer.zero_grad()
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(trainable, policy.config.optimizer_grad_clip_norm)
+        step_loss = 0.0
+        for part in mine:
+            noise = _noise(policy, settings, seed, step, part, parts, accelerator.device)
+            last = part + accelerator.num_processes >= parts
+            with contextlib.nullcontext() if last else accelerator.no_sync(model):
+                batch = preprocessor(next(batches))
+                if weight is None:
+                    loss = model(batch, None, None, 1, *noise)
+                else:
+                    loss = model(batch, weight[part], weight.sum(), parts, *noise)
+                accelerator.backward(loss / settings.accumulate)
+            step_loss += loss.detach() / settings.accumulate
+        accelerator.clip_grad_norm_(trainable, preset.grad_clip_norm)
         optimizer.step()
         scheduler.step()
         step += 1
         bar.update()
-        running.append((loss.item(), 1.0 if weight is None else weight.mean().item()))
+        running.append({"loss": accelerator.reduce(step_loss, "mean").item(), **batch_statistics(arm, rows.ravel())})
         if step % settings.log_every == 0 or step == settings.steps:
-            loss_mean, weight_mean = np.mean(running, axis=0)
-            curve.append({"step": step, "loss": float(loss_mean), "mean_weight": float(weight_mean)})
+            curve.append({"step": step} | {key: float(np.mean([r[key] for r in running])) for key in running[0]})
             running = []
-            bar.set_postfix(loss=f"{loss_mean:.4f}")
+            bar.set_postfix(loss=f"{curve[-1]['loss']:.4f}")
         if step % settings.save_every == 0 and step < settings.steps and accelerator.is_main_process:
             with staged(work / CHECKPOINT) as partial:
                 save_checkpoint(partial, step, config, policy, optimizer, scheduler, preprocessor, postprocessor)
                 write_json(partial / CURVE, curve)
     bar.close()
     set_seed(seed)  # the state of Python's generators is saved too, and is another one in every process
-    with staged(folder) as partial:
-        save_checkpoint(partial / CHECKPOINT, step, config, policy, optimizer, scheduler, preprocessor, postprocessor)
-        write_json(partial / CURVE, curve)
-        write_json(partial / PROVENANCE, made_from)
-    remove(work)
+    if accelerator.is_main_process:
+        with staged(folder) as partial:
+            save_checkpoint(
+                partial / CHECKPOINT, step, config, policy, optimizer, scheduler, preprocessor, postprocessor
+            )
+            write_json(partial / CURVE, curve)
+            write_json(partial / PROVENANCE, made_from)
+        remove(work)
+    accelerator.wait_for_everyone()
     return curve
 
 
-def provenance(arm: Arm, params, dataset: Dataset) -> dict[str, Any]:
+def make_accelerator(settings, device: str) -> Accelerator:
+    """For one process or many, in the precision that `policy.precision` asks for."""
+    bf16 = settings.precision == "bf16" or (
+        settings.precision == "auto" and device == "cuda" and torch.cuda.is_bf16_supported()
+    )
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # π0 brings language heads that no loss sees
+    return Accelerator(cpu=device == "cpu", mixed_precision="bf16" if bf16 else "no", kwargs_handlers=[unused])
+
+
+def batch_statistics(arm: Arm, rows: np.ndarray) -> dict[str, float]:
+    """What a step's weights are like, under the names that LeRobot's users know."""
+    if arm.weights is None:
+        return {}
+    weight = arm.weights[rows]
+    found = {
+        "rabc_mean_weight": float(weight.mean()),
+        "rabc_num_zero": float((weight == 0).sum()),
+        "rabc_num_full": float((weight == 1).sum()),
+    }
+    if arm.deltas is not None:
+        delta = arm.deltas[rows]
+        found |= {"rabc_delta_mean": float(delta.mean()), "rabc_delta_std": float(delta.std())}
+    return found
+
+
+def _noise(policy, settings, seed: int, step: int, part: int, parts: int, device) -> tuple[Any, ...]:
+    """The noise and times of one part of a step: the same for every arm, after a resumption, and however a step is divided
+    among processes. A policy that draws its own noise only starts from the same seed."""
+    torch.manual_seed(seed * 1_000_003 + step)
+    if isinstance(policy, FLOW_MATCHING):
+        noise, time = sample_noise(policy, parts * settings.batch_size, settings.noise_draws, device)
+        here = slice(part * settings.batch_size, (part + 1) * settings.batch_size)
+        return noise[here], time[here]
+    if part:
+        torch.manual_seed((seed * 1_000_003 + step) * 1_009 + part)
+    return ()
+
+
+def provenance(arm: Arm, params, dataset: Dataset, seed: int) -> dict[str, Any]:
     """Everything that a trained arm is made from."""
     return {
         "fingerprint": fingerprint(dataset.root),
         "splits": [[episode.index, episode.split] for episode in dataset.episodes],
         "weights": None if arm.weights is None else digest(arm.weights.tobytes().hex(), params.rabc.epsilon),
-        "seed": params.base.seed,
+        "seed": seed,
         "settings": params.policy.model_dump(),
         "pretrained": folder_identity(Path(params.policy.pretrained_path or "none")),
         "code": code_digest("policy"),

@@ -6,6 +6,7 @@ schema metadata, what made it: LeRobot's `reward_model_path`, the checkpoint's d
 
 import json
 import logging
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -223,6 +224,26 @@ def ensure_progress(
         remove(work)
     processes.wait_for_everyone()
     return f"scored {dataset.num_frames:,} frames"
+
+
+def take_progress(path: Path, params, dataset: Dataset) -> str:
+    """Make `path` the progress file that `rabc.progress_path` names: ours or LeRobot's, of the same frames. Says what it is.
+
+    Raises ValueError where it is of other frames.
+    """
+    source = params.paths.resolve(params.rabc.progress_path)
+    if not source.is_file():
+        raise FileNotFoundError(f"rabc.progress_path: there is no file {params.rabc.progress_path}")
+    theirs, ours = pq.read_table(source, columns=["index", "episode_index"]).sort_by("index"), dataset.frames
+    for name in theirs.column_names:
+        if not np.array_equal(theirs[name].to_numpy(), ours[name].to_numpy()):
+            raise ValueError(
+                f"rabc.progress_path: {source.name} has {len(theirs):,} frames of other episodes than {dataset.root.name} "
+                f"({len(ours):,} frames): it is the progress of another dataset"
+            )
+    with staged(path) as partial:
+        shutil.copyfile(source, partial)
+    return f"took the progress of {len(ours):,} frames from {params.rabc.progress_path}"
 
 
 def write_progress(path: Path, dataset: Dataset, progress_of: dict[str, np.ndarray], provenance: dict) -> None:

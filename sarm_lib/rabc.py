@@ -1,24 +1,26 @@
-"""RA-BC: from progress φ to a weight for every frame (Eq 6, 8, 9), and what the weights say about a dataset.
+"""RA-BC: from progress φ to a weight for every frame (Eq 6, 8, 9). What the weights say of a dataset: `diagnosis`.
 
     r_t = φ(o_{t+Δ}) - φ(o_t)                                                                  Eq 6
     w̃_t = clip((r_t - (μ - 2σ)) / (4σ + ε), 0, 1)        μ ← max(μ, 0)                          Eq 8
     w_t = 1{r_t > κ} + 1{0 ≤ r_t ≤ κ} · w̃_t                                                    Eq 9
 
 Vectorised over the file's columns; no frame is looked at alone, and what is needed beside the columns is small.
+
+LeRobot's `RABCWeights` differs in four things, which `lerobot_compat` brings back: r shrinks to 0 towards the end of an
+episode, μ and σ come from all episodes, a frame without progress weighs 1, and κ is a number.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sarm_lib.artifacts import PARQUET_KEY, read_provenance, staged
-from sarm_lib.dataset import Dataset, episode_table, fingerprint
+from sarm_lib.dataset import Dataset, fingerprint
 
 Head = Literal["sparse", "dense"]
 End = Literal["hold", "shrink"]
@@ -40,13 +42,18 @@ class RabcWeights:
     kappa: float
     epsilon: float
 
+    def of(self, rows: np.ndarray) -> "RabcWeights":
+        """Of some frames alone, with the same μ, σ and κ."""
+        columns = ("index", "episode_index", "frame_index", "delta", "weight")
+        return replace(self, **{name: getattr(self, name)[rows] for name in columns})
+
     def statistics(self, episodes: list[int]) -> dict[str, float | int]:
         """The guide's diagnostics over the frames of `episodes`."""
         mine = np.isin(self.episode_index, episodes)
         weight = self.weight[mine]
         return {
             "delta_frames": self.delta_frames,
-            "kappa": self.kappa,
+            "kappa": round(self.kappa, 6),
             "epsilon": self.epsilon,
             "delta_mean": round(float(self.delta[mine].mean()), 6),
             "delta_std": round(float(self.delta[mine].std()), 6),
@@ -99,19 +106,59 @@ def weights(delta: np.ndarray, mean: float, std: float, kappa: float, epsilon: f
     return weight.astype(np.float32, copy=False)
 
 
+# Rules that set κ from r of the training frames: the guide's three, from medium to very selective, and two that aim.
+KAPPA_RULES = ("mean", "mean+std", "mean+2std", "mean_weight=", "quantile=")
+
+
+def kappa_of(rule: float | str, delta: np.ndarray, mean: float, std: float, epsilon: float) -> float:
+    """κ as a number, from r (N,) of the training frames, μ and σ.
+
+    rule: a number; `mean`, `mean+std` or `mean+2std`; `mean_weight=0.5`, the κ that brings the mean weight nearest to that;
+    `quantile=0.6`, the r that so many frames do not exceed. Raises ValueError for any other.
+    """
+    if not isinstance(rule, str):
+        return float(rule)
+    name, _, value = rule.partition("=")
+    if name in ("mean", "mean+std", "mean+2std") and not value:
+        return mean + std * {"mean": 0, "mean+std": 1, "mean+2std": 2}[name]
+    target = _number(value)
+    if name not in ("mean_weight", "quantile") or target is None or not 0 <= target <= 1:
+        raise ValueError(
+            f"rabc.kappa: {rule!r} is no number and no rule; the rules are {', '.join(KAPPA_RULES[:3])}, mean_weight=0.5 and "
+            "quantile=0.6, with a number between 0 and 1"
+        )
+    if name == "quantile":
+        return float(np.quantile(delta, target))
+    # Frames above κ weigh 1, those up to it their soft weight: sorted by r, every κ's mean weight is two cumulative sums.
+    ordered = np.sort(delta[delta >= 0]).astype(np.float64)
+    soft = np.r_[0.0, np.cumsum(weights(ordered, mean, std, np.inf, epsilon), dtype=np.float64)]
+    kappas = np.unique(np.r_[0.0, ordered])
+    below = np.searchsorted(ordered, kappas, side="right")
+    means = (soft[below] + len(ordered) - below) / len(delta)
+    return float(kappas[np.abs(means - target).argmin()])
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
 def compute(
     path: Path,
     head: Head,
     delta_frames: int,
-    kappa: float,
+    kappa: float | str,
     epsilon: float,
     train_episodes: list[int],
     dataset_fingerprint: str | None = None,
-    end: End = "hold",
+    lerobot_compat: bool = False,
 ) -> RabcWeights:
-    """Weights from a progress file; μ and σ come from `train_episodes` alone. end: see `deltas`.
+    """Weights from a progress file; μ, σ and a rule for κ (`kappa_of`) look at `train_episodes` alone.
 
-    Raises ValueError for a file of another dataset, without this head, or with a value that is not finite.
+    lerobot_compat: what LeRobot's `RABCWeights` gives of the same file. Raises ValueError for a file of another dataset,
+    without this head, or with a value that is not finite.
     """
     made = read_provenance(path)
     if dataset_fingerprint and made and made.get("fingerprint") != dataset_fingerprint:
@@ -127,19 +174,41 @@ def compute(
         )
     index, episode_index, frame_index, progress = _in_order(path, ["index", "episode_index", "frame_index", column])
     bad = np.flatnonzero(~np.isfinite(progress))
-    if len(bad):
+    if len(bad) and not lerobot_compat:
         raise ValueError(
             f"{path.name}: {column} is not finite in {len(bad)} frames, first in episode {episode_index[bad[0]]} at frame "
             f"{frame_index[bad[0]]}: score these frames again (notebook 05) or delete the episode"
         )
-    delta = deltas(progress, episode_index, delta_frames, end)
-    starts = _starts(episode_index)
-    train = np.repeat(np.isin(episode_index[starts], train_episodes), np.diff(np.r_[starts, len(index)]))
-    if not train.any():
-        raise ValueError(f"{path.name} has no frame of a training episode")
-    mean, std = max(float(delta[train].mean()), 0.0), max(float(delta[train].std()), epsilon)
-    weight = weights(delta, mean, std, kappa, epsilon)
-    return RabcWeights(index, episode_index, frame_index, delta, weight, mean, std, delta_frames, kappa, epsilon)
+    delta = deltas(progress, episode_index, delta_frames, "shrink" if lerobot_compat else "hold")
+    if lerobot_compat:
+        counted = ~np.isnan(delta)
+    else:
+        starts = _starts(episode_index)
+        counted = np.repeat(np.isin(episode_index[starts], train_episodes), np.diff(np.r_[starts, len(index)]))
+        if not counted.any():
+            raise ValueError(f"{path.name} has no frame of a training episode")
+    seen = delta[counted]
+    mean = max(float(seen.mean(dtype=np.float64)), 0.0) if len(seen) else 0.0
+    std = max(float(seen.std(dtype=np.float64)), epsilon) if len(seen) else epsilon
+    number = kappa_of(kappa, seen, mean, std, epsilon)
+    weight = weights(delta, mean, std, number, epsilon)
+    weight[np.isnan(delta)] = 1.0  # only LeRobot's
+    return RabcWeights(index, episode_index, frame_index, delta, weight, mean, std, delta_frames, number, epsilon)
+
+
+def from_params(path: Path, params, dataset: Dataset, dataset_fingerprint: str | None = None) -> RabcWeights:
+    """Weights of a progress file as `params.rabc` asks for them."""
+    settings, train = params.rabc, [episode.index for episode in dataset.split("train")]
+    return compute(
+        path,
+        head_of(params),
+        params.delta_frames,
+        settings.kappa,
+        settings.epsilon,
+        train,
+        dataset_fingerprint,
+        settings.lerobot_compat,
+    )
 
 
 def _in_order(path: Path, columns: list[str]) -> list[np.ndarray]:
@@ -162,15 +231,17 @@ def head_of(params) -> Head:
     return "sparse" if params.rabc.head_mode == "both" else params.rabc.head_mode
 
 
-def provenance(params, dataset_fingerprint: str) -> dict[str, str | int | float]:
-    """What weights are made from, besides progress: a file that says otherwise weights nothing."""
-    return {
+def provenance(params, dataset_fingerprint: str, checkpoint: str | None = None) -> dict[str, str | int | float | bool]:
+    """What weights are made from: a file that says otherwise weights nothing. checkpoint: the reward model's."""
+    made = {
         "fingerprint": dataset_fingerprint,
         "head_mode": head_of(params),
         "delta_frames": params.delta_frames,
         "kappa": params.rabc.kappa,
         "epsilon": params.rabc.epsilon,
+        "lerobot_compat": params.rabc.lerobot_compat,
     }
+    return made | ({"checkpoint": checkpoint} if checkpoint else {})
 
 
 def write_weights(path: Path, computed: RabcWeights, made_from: dict[str, str | int | float]) -> None:
@@ -181,8 +252,8 @@ def write_weights(path: Path, computed: RabcWeights, made_from: dict[str, str | 
         pq.write_table(table.replace_schema_metadata({PARQUET_KEY: json.dumps(made_from, sort_keys=True)}), partial)
 
 
-def weights_of_rows(path: Path, params, dataset: Dataset) -> np.ndarray:
-    """The weight of every row of `dataset`, (N,) float32.
+def weights_of_rows(path: Path, params, dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """The weight and the r of every row of `dataset`, (N,) float32 each.
 
     Raises ValueError for the weights of another dataset or of other settings, and where a frame has none.
     """
@@ -192,42 +263,12 @@ def weights_of_rows(path: Path, params, dataset: Dataset) -> np.ndarray:
         raise ValueError(
             f"{path.name} was made from something else ({'; '.join(differing)}): run 05_compute_rabc again"
         )
-    table = pq.read_table(path, columns=["index", "weight"])
-    index, weight = table["index"].to_numpy(), table["weight"].to_numpy()
-    wanted = dataset.frames["index"].to_numpy()
-    position = np.searchsorted(index, wanted)
-    if not np.array_equal(index[np.minimum(position, len(index) - 1)], wanted):
+    table = pq.read_table(path, columns=["index", "weight", "delta"])
+    index = table["index"].to_numpy()
+    asked = dataset.frames["index"].to_numpy()
+    position = np.searchsorted(index, asked)
+    if not np.array_equal(index[np.minimum(position, len(index) - 1)], asked):
         raise ValueError(
             f"{path.name} has no weight for some frames of {dataset.root.name}: run 05_compute_rabc on this dataset"
         )
-    return weight[position]
-
-
-def episode_weights(computed: RabcWeights, dataset: Dataset) -> pd.DataFrame:
-    """The episode table with the mean `weight` of each episode's frames."""
-    frames = pd.DataFrame({"episode": computed.episode_index, "weight": computed.weight})
-    return episode_table(dataset).merge(frames.groupby("episode").weight.mean().reset_index(), on="episode")
-
-
-def warnings(statistics: dict[str, float | int]) -> list[str]:
-    """The guide's table of symptoms, in words; empty for a healthy weighting (mean weight 0.3 to 0.8)."""
-    found = []
-    if statistics["delta_mean"] <= 0:
-        found.append("delta mean ≤ 0: predicted progress does not rise; look at the reward model (notebook 04) first")
-    if statistics["delta_std"] < 1e-6:
-        found.append("delta std ≈ 0: every frame looks alike, so there is nothing to weight")
-    if statistics["mean_weight"] > 0.95:
-        found.append(
-            "mean weight ≈ 1: κ is too low and RA-BC is plain behaviour cloning; raise rabc.kappa towards delta mean"
-        )
-    elif statistics["mean_weight"] > 0.8:
-        found.append("mean weight above 0.8: RA-BC changes little; raise rabc.kappa towards delta mean + delta std")
-    elif statistics["mean_weight"] < 0.3:
-        found.append("mean weight below 0.3: few frames are left to learn from; lower rabc.kappa")
-    return found
-
-
-def suggested_kappas(statistics: dict[str, float | int]) -> dict[str, float]:
-    """The guide's three rules for κ."""
-    mean, std = statistics["delta_mean"], statistics["delta_std"]
-    return {"μ (medium)": mean, "μ + σ (high)": mean + std, "μ + 2σ (very selective)": mean + 2 * std}
+    return table["weight"].to_numpy()[position], table["delta"].to_numpy()[position]

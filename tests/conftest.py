@@ -155,6 +155,7 @@ TINY = {
     "sarm.log_every": 2,
     "sarm.eval_every": 4,
     "sarm.save_every": 4,
+    "rabc.delta_frames": 4,
     "policy.chunk_size": 4,
     "policy.n_action_steps": 2,
     "policy.steps": 6,
@@ -162,6 +163,8 @@ TINY = {
     "policy.warmup_steps": 2,
     "policy.log_every": 2,
     "policy.save_every": 2,
+    "evaluate.environment": None,
+    "evaluate.reference_group": None,
     "policy.config": {
         "image_resolution": [32, 32],
         "depth": 1,
@@ -233,15 +236,17 @@ def run_notebook(project: Path, name: str, overrides: dict | None = None) -> dic
 
 
 def launch(project: Path, processes: int, stage: str, overrides: dict | None = None) -> None:
-    """Run a stage of `sarm_lib.launch` in a project with so many CPU processes."""
-    options = ["--cpu", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
-    options += [f"--num_processes={processes}", "--num_cpu_threads_per_process=1"]
-    options += ["--main_process_port=0"] if processes > 1 else []
-    command = [sys.executable, "-m", "accelerate.commands.launch", *options, "-m", "sarm_lib.launch", stage]
-    command += ["--overrides", json.dumps(overrides or {})]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    """Run a stage of `sarm_lib.launch` in a project with so many CPU processes.
+
+    `accelerate launch --cpu` starts one process whatever it is asked for (several need MPI), torchrun as many as it says.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command += ["-m", "sarm_lib.launch", stage, "--overrides", json.dumps(overrides or {})]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, cwd=project, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
+    for i in range(processes):
+        assert f"process {i + 1} of {processes}" in done.stderr
 
 
 def chapters() -> list[str]:

@@ -201,3 +201,60 @@ def test_the_encoder_loads_through_the_library_and_tells_scenes_apart():
     texts = clip.texts(["put the nut onto the peg", "pick up the nut and place it on the peg", "open the drawer"])
     similarity = torch.nn.functional.cosine_similarity
     assert clip.width == 512 and similarity(texts[0], texts[1], dim=0) > similarity(texts[0], texts[2], dim=0)
+
+
+def test_the_environment_is_the_simulator_and_looks_only_when_asked(monkeypatch):
+    """The benchmark's expert succeeds in it from a start that was not recorded, and no picture is drawn for that."""
+    from demo.environment import AssemblyEnv
+    from demo.simulator import AssemblySimulator, new_expert
+
+    monkeypatch.setattr(AssemblySimulator, "render", lambda _: pytest.fail("a picture was drawn"))
+    env, expert = AssemblyEnv(), new_expert()
+    first, info = env.reset(seed=10_000)
+    assert first["agent_pos"].shape == (4,) and first["agent_pos"].dtype == np.float32 and not info["is_success"]
+    assert set(first["pixels"]) == set(env.observation_space["pixels"])
+    done = False
+    while not done:
+        seen, reward, success, truncated, info = env.step(expert.get_action(env.sim.expert_observation))
+        done = success or truncated
+    assert success and reward == 1.0 and info["is_success"] and not truncated
+    with pytest.raises(RuntimeError, match="look at the pictures before the next step"):
+        first["pixels"]["front"]
+    again, _ = env.reset(seed=10_000)
+    np.testing.assert_array_equal(again["agent_pos"], first["agent_pos"])
+    frames = 1
+    while not truncated:
+        *_, success, truncated, info = env.step(np.zeros(4))
+        frames += 1
+    assert frames == env._max_episode_steps and not success
+
+
+def test_the_experiment_s_arms_weigh_what_they_say():
+    import json
+
+    from benchmarks import experiment
+
+    truths = set(experiment.ARMS) - {"bc", "rabc", "shuffled", "rabc_single", "top_k"}
+    assert all(name in experiment.__doc__ for name in truths)
+    runs = {
+        arm: {
+            seed: {
+                "seed": seed, "rollouts": 4, "successes": sum(done), "succeeded": done, "median_seconds": 1.0,
+                "train_loss": 0.1,
+            }
+            for seed, done in by_seed.items()
+        }
+        for arm, by_seed in {
+            "bc": {0: [0, 0, 0, 1], 1: [0, 1, 0, 0]},
+            "rabc": {0: [1, 0, 1, 1], 1: [1, 1, 0, 0]},
+            "oracle": {0: [1, 1, 1, 1], 1: [1, 1, 0, 1]},
+        }.items()
+    }  # fmt: skip
+    found = experiment.report(runs, {})
+    assert found["arms"]["rabc"]["success_rate"] == 5 / 8 and found["arms"]["rabc"]["gap_closed"] == pytest.approx(
+        3 / 5
+    )
+    over = found["arms"]["rabc"]["over_bc"]
+    assert over["difference"] == 3 / 8 and over["difference_low"] <= 3 / 8 <= over["difference_high"]
+    assert [r["successes"] for r in found["arms"]["oracle"]["runs"]] == [4, 3] and json.dumps(found)
+    assert "| `rabc` | 5 of 8 |" in experiment.table(found)

@@ -20,7 +20,7 @@ def test_the_repository_s_own_values_load_and_are_found_from_the_notebooks_folde
     ("key", "value", "expected"),
     [
         ("rabc.kapa", 0.1, "rabc.kapa: unknown key. Did you mean kappa?"),
-        ("rabc.kappa", "high", "rabc.kappa: input should be a valid number, found 'high'"),
+        ("rabc.kappa", "high", "rabc.kappa: should be a number, mean, mean+std"),
         ("sarm.steps", 1.5, "sarm.steps: input should be a valid integer, found 1.5"),
         ("sarm.steps", True, "sarm.steps: input should be a valid integer, found True"),
         (

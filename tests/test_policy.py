@@ -1,5 +1,7 @@
 """Policies: LeRobot's loading, Eq 7, padded actions, two arms on the same draws, resumption."""
 
+import json
+import shutil
 import sys
 
 import numpy as np
@@ -14,8 +16,9 @@ from lerobot.policies.pi0.modeling_pi0 import PI0Policy
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from sarm_lib import policy
+from sarm_lib import losses, policy
 from sarm_lib.small_pi0 import SmallPI0Policy
+from tests.conftest import launch
 
 
 @pytest.fixture
@@ -142,7 +145,7 @@ def test_weights_are_compared_and_openpi_s_names_known(in_project, tmp_path):
     ("changes", "expected"),
     [
         ({"type": "pi00"}, "policy.type: LeRobot has no 'pi00'; it has .*small_pi0"),
-        ({"type": "act"}, "policy.type: act gives no loss of a single sample"),
+        ({"type": "act", "config": {}}, "policy.weighting: act gives no loss of a single sample"),
         ({"n_action_steps": 5}, "policy.n_action_steps: 5 of a chunk of 4"),
         ({"config": {"dept": 3}}, "policy.config: small_pi0 has no 'dept'; it has .*depth"),
     ],
@@ -187,7 +190,7 @@ def test_the_loss_is_pi0_s_without_the_padded_actions(in_project, frames):
     padded = batch["action_is_pad"]
     assert padded.any() and not padded.all(1).any()
     torch.manual_seed(3)
-    ours = policy.per_sample_loss(made, batch)
+    ours = losses.per_sample_loss(made, batch)
     torch.manual_seed(3)
     theirs, _ = made.forward(batch, reduction="none")
     whole = ~padded.any(1)
@@ -196,7 +199,7 @@ def test_the_loss_is_pi0_s_without_the_padded_actions(in_project, frames):
     with torch.no_grad():
         torch.manual_seed(3)
         # π0 reads the noisy padded actions too, so only what the loss itself counts can be compared: no 50² in it.
-        assert (policy.per_sample_loss(made, changed)[~whole] < theirs.max() * 20).all()
+        assert (losses.per_sample_loss(made, changed)[~whole] < theirs.max() * 20).all()
         torch.manual_seed(3)
         assert (made.forward(changed, reduction="none")[0][~whole] > 100).all()
 
@@ -205,15 +208,15 @@ def test_eq_7(in_project, frames):
     config, dataset = in_project
     made, preprocess, _ = policy.make(config.policy, dataset, "cpu")
     batch, weight = preprocess(frames.batch(some_rows(dataset))), torch.tensor([0.0, 1.0, 0.5, 0.0, 1.0, 0.25])
-    losses = []
+    found = []
     for w in (None, weight, torch.zeros(6)):
         torch.manual_seed(3)
-        losses.append(policy.WeightedLoss(made, 1e-6)(batch, w))
+        found.append(losses.WeightedLoss(made, 1e-6)(batch, w))
     torch.manual_seed(3)
-    each = policy.per_sample_loss(made, batch)
-    torch.testing.assert_close(losses[0], each.mean())
-    torch.testing.assert_close(losses[1], (weight * each).sum() / weight.sum(), atol=1e-5, rtol=1e-5)
-    assert losses[2] == 0, "a batch of weight 0 must teach nothing, not NaN"
+    each = losses.per_sample_loss(made, batch)
+    torch.testing.assert_close(found[0], each.mean())
+    torch.testing.assert_close(found[1], (weight * each).sum() / weight.sum(), atol=1e-5, rtol=1e-5)
+    assert found[2] == 0, "a batch of weight 0 must teach nothing, not NaN"
 
 
 def test_cached_frames_are_what_lerobot_s_loader_returns(in_project, frames):
@@ -237,10 +240,10 @@ def test_without_zero_weights_both_arms_are_the_same_and_with_them_they_differ(
     half = ones * (np.arange(dataset.num_frames) % 2)
     arms = [policy.Arm("bc", None), policy.Arm("ones", ones), policy.Arm("half", half)]
     curves = {a.name: policy.train_arm(a, config, dataset, frames, "cpu", tmp_path / a.name) for a in arms}
-    losses = {name: [row["loss"] for row in curve] for name, curve in curves.items()}
-    assert losses["ones"] == pytest.approx(losses["bc"], rel=1e-4)
-    assert losses["half"] != pytest.approx(losses["bc"], rel=1e-3)
-    assert 0.2 < np.mean([row["mean_weight"] for row in curves["half"]]) < 0.8
+    loss = {name: [row["loss"] for row in curve] for name, curve in curves.items()}
+    assert loss["ones"] == pytest.approx(loss["bc"], rel=1e-4)
+    assert loss["half"] != pytest.approx(loss["bc"], rel=1e-3)
+    assert 0.2 < np.mean([row["rabc_mean_weight"] for row in curves["half"]]) < 0.8
 
 
 def test_a_stopped_arm_resumes_to_the_same_weights(in_project, frames, tmp_path, monkeypatch):
@@ -249,7 +252,7 @@ def test_a_stopped_arm_resumes_to_the_same_weights(in_project, frames, tmp_path,
     monkeypatch.setattr(type(config.paths), "write", lambda _, name: tmp_path / "one" / name)
     policy.train_arm(arm, config, dataset, frames, "cpu", tmp_path / "one/bc")
     monkeypatch.setattr(type(config.paths), "write", lambda _, name: tmp_path / "two" / name)
-    loss = policy.per_sample_loss
+    loss = losses.per_sample_loss
     calls = []
 
     def stop_at_the_fifth_step(*args):
@@ -258,11 +261,11 @@ def test_a_stopped_arm_resumes_to_the_same_weights(in_project, frames, tmp_path,
             raise KeyboardInterrupt
         return loss(*args)
 
-    monkeypatch.setattr(policy, "per_sample_loss", stop_at_the_fifth_step)
+    monkeypatch.setattr(losses, "per_sample_loss", stop_at_the_fifth_step)
     with pytest.raises(KeyboardInterrupt):
         policy.train_arm(arm, config, dataset, frames, "cpu", tmp_path / "two/bc")
     assert not (tmp_path / "two/bc").exists()
-    monkeypatch.setattr(policy, "per_sample_loss", loss)
+    monkeypatch.setattr(losses, "per_sample_loss", loss)
     policy.train_arm(arm, config, dataset, frames, "cpu", tmp_path / "two/bc")
     for name in ("model.safetensors", "config.json"):
         one, two = (tmp_path / run / "bc/checkpoints/last/pretrained_model" / name for run in ("one", "two"))
@@ -277,3 +280,106 @@ def test_an_arm_that_is_trained_already_is_kept(in_project, frames, monkeypatch)
         policy.Arm("bc", None), config, dataset, frames, "cpu", config.paths.read("policy/bc", "06")
     )
     assert curve[-1]["step"] == config.policy.steps
+
+
+def test_many_draws_are_the_mean_of_single_ones(in_project, frames):
+    """The prefix is computed once for all of them; what each draw gives is what LeRobot's own pass gives."""
+    config, dataset = in_project
+    made, preprocess, _ = policy.make(config.policy, dataset, "cpu")
+    batch = preprocess(frames.batch(some_rows(dataset)))
+    noise, time = losses.sample_noise(made, 6, 5, torch.device("cpu"))
+    together = losses.per_sample_loss(made, batch, 5, noise, time)
+    each = [losses.per_sample_loss(made, batch, 1, noise[:, i : i + 1], time[:, i : i + 1]) for i in range(5)]
+    torch.testing.assert_close(together, torch.stack(each).mean(0), atol=1e-6, rtol=1e-5)
+    parameter = made.model.paligemma_with_expert.paligemma.model.vision_tower.parameters
+    for loss in (together.sum(), torch.stack(each).mean(0).sum()):
+        loss.backward()
+    gradients = [p.grad for p in parameter() if p.grad is not None]
+    assert gradients and all(g.isfinite().all() for g in gradients), "the shared prefix learns too"
+
+
+def test_frames_are_drawn_by_weight_and_never_without():
+    rows, weights = np.arange(10, 60), np.zeros(100, dtype=np.float32)
+    weights[10:60] = np.random.default_rng(0).random(50) * (np.arange(50) % 3 > 0)
+    drawn = policy.Draws(rows, weights, True, 0).at(0, 200_000)
+    share = np.bincount(drawn, minlength=100) / len(drawn)
+    np.testing.assert_allclose(share, weights / weights.sum(), atol=0.002)
+    assert not set(drawn) & set(np.flatnonzero(weights == 0))
+
+
+def test_drawing_by_weight_is_eq_7_in_expectation(in_project, frames):
+    config, dataset = in_project
+    made, preprocess, _ = policy.make(config.policy, dataset, "cpu")
+    rows = some_rows(dataset)
+    weights = np.zeros(dataset.num_frames, dtype=np.float32)
+    weights[rows] = [0.0, 1.0, 0.5, 0.0, 1.0, 0.25]
+    noise = losses.sample_noise(made, 6, 1, torch.device("cpu"))
+    with torch.no_grad():
+        each = losses.per_sample_loss(made, preprocess(frames.batch(rows)), 1, *noise)
+        eq_7 = losses.WeightedLoss(made, 1e-6)(
+            preprocess(frames.batch(rows)), torch.from_numpy(weights[rows]), None, 1, *noise
+        )
+    drawn = policy.Draws(rows, weights, True, 0)
+    chance = np.diff(drawn.cumulative, prepend=0.0)
+    assert float((torch.from_numpy(chance) * each).sum()) == pytest.approx(float(eq_7), rel=1e-5)
+    many = [int(row) - int(rows[0]) for row in drawn.at(3, 20_000)]
+    assert float(each[many].mean()) == pytest.approx(float(eq_7), rel=0.05)
+
+
+def test_arms_take_the_same_random_numbers():
+    rows = np.arange(40)
+    some = np.where(np.arange(40) < 20, 1.0, 0.0).astype(np.float32)
+    plain, halved = policy.Draws(rows, None, True, 7), policy.Draws(rows, some, True, 7)
+    assert (plain.at(3, 64) // 2 == halved.at(3, 64)).all()
+    with pytest.raises(ValueError, match="every training frame has weight 0"):
+        policy.Draws(rows, np.zeros(40, dtype=np.float32), False, 7)
+
+
+ACT = {
+    "dim_model": 16, "n_heads": 2, "dim_feedforward": 32, "n_encoder_layers": 1, "n_vae_encoder_layers": 1,
+    "latent_dim": 4, "pretrained_backbone_weights": None,
+}  # fmt: skip
+
+
+def test_a_policy_whose_loss_cannot_be_weighted_learns_from_drawn_frames(in_project, tmp_path, monkeypatch):
+    config, dataset = in_project
+    changes = {"type": "act", "config": ACT, "weighting": "sampling", "steps": 2}
+    params = config.model_copy(update={"policy": config.policy.model_copy(update=changes)})
+    monkeypatch.setattr(type(config.paths), "write", lambda _, name: tmp_path / name)
+    weights = np.linspace(0, 1, dataset.num_frames, dtype=np.float32)
+    cached = policy.frames_for(params.policy, dataset, ("train",), "cpu")
+    curve = policy.train_arm(policy.Arm("rabc", weights), params, dataset, cached, "cpu", tmp_path / "act")
+    assert np.isfinite(curve[-1]["loss"]) and curve[-1]["rabc_num_zero"] == 0
+    loaded, before, after = policy.load(tmp_path / "act", "cpu")
+    batch = cached.batch(np.array([dataset.split("train")[0].row]))
+    assert after(loaded.select_action(before({k: v for k, v in batch.items() if k != "action"}))).shape == (1, 2)
+
+
+def test_two_processes_learn_what_one_with_twice_the_batch_learns(project, tmp_path):
+    found = {}
+    for processes, size in ((1, 4), (2, 2)):
+        copy = tmp_path / str(processes)
+        shutil.copytree(project, copy)
+        overrides = {"policy.batch_size": size, "policy.noise_draws": 2, "base.outputs": "outputs"}
+        launch(copy, processes, "policy", overrides)
+        found[processes] = [
+            json.loads((copy / f"outputs/policy/{arm}/curve.json").read_text()) for arm in ("bc", "rabc")
+        ]
+    for one, two in zip(found[1], found[2], strict=True):
+        for left, right in zip(one, two, strict=True):
+            assert left == pytest.approx(right, rel=1e-4)
+
+
+def test_accumulated_batches_are_one_large_batch(in_project, frames, tmp_path, monkeypatch):
+    config, dataset = in_project
+    weights = np.random.default_rng(0).random(dataset.num_frames).astype(np.float32)
+    curves = []
+    for accumulate, size in ((1, 4), (2, 2)):
+        changes = {"accumulate": accumulate, "batch_size": size}
+        params = config.model_copy(update={"policy": config.policy.model_copy(update=changes)})
+        monkeypatch.setattr(type(config.paths), "write", lambda _, name, n=size: tmp_path / str(n) / name)
+        curves.append(
+            policy.train_arm(policy.Arm("rabc", weights), params, dataset, frames, "cpu", tmp_path / f"a{size}")
+        )
+    for left, right in zip(*curves, strict=True):
+        assert left == pytest.approx(right, rel=1e-4)

@@ -31,23 +31,49 @@ def progress_file(path, lengths=(40, 7, 25), seed=0, nan_at=None):
 
 @pytest.mark.parametrize("kappa", [0.01, 0.1, 0.3])
 @pytest.mark.parametrize("delta_frames", [1, 5, 16])
-def test_with_lerobot_s_ends_the_weights_are_lerobot_s(tmp_path, kappa, delta_frames):
+@pytest.mark.parametrize("nan_at", [None, 43, [0, 1, 2, 70]])
+def test_lerobot_compat_gives_lerobot_s_weights(tmp_path, kappa, delta_frames, nan_at):
     from lerobot.rewards.sarm.rabc import RABCWeights
 
-    table = progress_file(tmp_path / "p.parquet")
-    theirs = RABCWeights(tmp_path / "p.parquet", chunk_size=delta_frames, kappa=kappa, device=torch.device("cpu"))
-    delta = rabc.deltas(table.progress_sparse.to_numpy(), table.episode_index.to_numpy(), delta_frames, end="shrink")
-    assert float(delta.std()) == pytest.approx(theirs.delta_std, abs=1e-6)
-    ours = rabc.weights(delta, float(delta.mean()), float(delta.std()), kappa, 1e-6)
+    path = tmp_path / "p.parquet"
+    table = progress_file(path, nan_at=nan_at)
+    theirs = RABCWeights(path, chunk_size=delta_frames, kappa=kappa, device=torch.device("cpu"))
+    ours = rabc.compute(path, "sparse", delta_frames, kappa, 1e-6, [0], lerobot_compat=True)
+    assert (ours.delta_mean, ours.delta_std) == pytest.approx((theirs.delta_mean, theirs.delta_std), abs=1e-7)
     raw = theirs._compute_weights(np.array([theirs._compute_delta(i) for i in table["index"]], dtype=np.float32))
-    np.testing.assert_allclose(ours, raw, atol=1e-5)
+    np.testing.assert_allclose(ours.weight, raw, atol=1e-6)
+
+
+delta_arrays = st.lists(st.floats(-1, 1, width=32), min_size=3, max_size=60).map(
+    lambda x: np.array(x, dtype=np.float32)
+)
+
+
+@given(delta=delta_arrays, target=st.floats(0, 1))
+def test_rules_set_kappa_as_they_say(delta, target):
+    mean, std = max(float(delta.mean()), 0.0), max(float(delta.std()), 1e-6)
+    of = lambda rule: rabc.kappa_of(rule, delta, mean, std, 1e-6)  # noqa: E731
+    assert (of("mean"), of("mean+std"), of("mean+2std"), of(0.3)) == (mean, mean + std, mean + 2 * std, 0.3)
+    assert of("quantile=0.5") == pytest.approx(float(np.median(delta)))
+    reached = lambda kappa: rabc.weights(delta, mean, std, kappa, 1e-6).astype(np.float64).mean()  # noqa: E731
+    every = [reached(kappa) for kappa in [*delta[delta >= 0], 0.0]]
+    best = min(abs(value - target) for value in every)
+    assert abs(reached(of(f"mean_weight={target}")) - target) <= best + 1e-6
+
+
+@pytest.mark.parametrize("rule", ["high", "mean=1", "mean_weight", "quantile=2", "quantile=x"])
+def test_a_rule_that_does_not_exist_is_named(rule):
+    with pytest.raises(ValueError, match="is no number and no rule"):
+        rabc.kappa_of(rule, np.zeros(3), 0.1, 0.1, 1e-6)
 
 
 def test_lerobot_s_own_class_opens_our_file(in_project):
     from lerobot.rewards.sarm.rabc import RABCWeights
 
     config, dataset = in_project
-    theirs = RABCWeights(config.paths.read("sarm_progress.parquet", "05"), chunk_size=4, device=torch.device("cpu"))
+    theirs = RABCWeights(
+        config.paths.read("sarm_progress.parquet", "05"), 4, config.rabc.head_mode, device=torch.device("cpu")
+    )
     weights, stats = theirs.compute_batch_weights({"index": torch.arange(8)})
     assert len(theirs.progress_lookup) == dataset.num_frames and weights.sum() == pytest.approx(8, abs=1e-3)
     assert 0 <= stats["mean_weight"] <= 1
@@ -103,24 +129,8 @@ def test_a_file_of_another_dataset_and_a_missing_head_are_refused(in_project):
     train = [e.index for e in dataset.split("train")]
     with pytest.raises(ValueError, match="progress of another dataset"):
         rabc.compute(path, "sparse", 4, 0.1, 1e-6, train, "0123456789abcdef")
-    with pytest.raises(ValueError, match="has no progress_dense; it has progress_sparse"):
-        rabc.compute(path, "dense", 4, 0.1, 1e-6, train)
-
-
-@pytest.mark.parametrize(
-    ("mean", "std", "weight", "expected"),
-    [
-        (0.1, 0.1, 0.5, None),
-        (0.1, 0.1, 0.99, "raise rabc.kappa"),
-        (0.1, 0.1, 0.85, "raise rabc.kappa"),
-        (0.1, 0.1, 0.1, "lower rabc.kappa"),
-        (-0.1, 0.1, 0.5, "delta mean ≤ 0"),
-        (0.1, 0.0, 0.5, "delta std ≈ 0"),
-    ],
-)
-def test_the_guide_s_table_of_symptoms(mean, std, weight, expected):
-    found = rabc.warnings({"delta_mean": mean, "delta_std": std, "mean_weight": weight})
-    assert (not found) if expected is None else any(expected in text for text in found)
+    with pytest.raises(ValueError, match="has no progress_sparse; it has progress_dense"):
+        rabc.compute(path, "sparse", 4, 0.1, 1e-6, train)
 
 
 def test_every_row_gets_its_own_frame_s_weight(in_project, tmp_path):
@@ -128,7 +138,9 @@ def test_every_row_gets_its_own_frame_s_weight(in_project, tmp_path):
     path = config.paths.read("rabc_weights.parquet", "05")
     table = pd.read_parquet(path)
     assert list(table) == ["index", "episode_index", "frame_index", "delta", "weight"]
-    np.testing.assert_array_equal(rabc.weights_of_rows(path, config, dataset), table.weight)
+    weight, delta = rabc.weights_of_rows(path, config, dataset)
+    np.testing.assert_array_equal(weight, table.weight)
+    np.testing.assert_array_equal(delta, table.delta)
     copy = tmp_path / "w.parquet"
     pq.write_table(pq.read_table(path).slice(0, len(table) - 3), copy)  # with its metadata
     with pytest.raises(ValueError, match="no weight for some frames"):

@@ -200,7 +200,8 @@ def test_the_estimate_is_of_this_model_and_leaves_it_alone(parts):
 
 
 def test_two_processes_learn_what_one_learns(project, tmp_path):
-    """`accelerate launch` with two CPU processes: the same batches, the same weights up to the order of sums."""
+    """The same batches, the same losses, the same weights up to the order of sums, which AdamW makes larger where a gradient
+    is nearly zero: far below what eight steps of 5e-4 move."""
     found = []
     for processes in (1, 2):
         copy = shutil.copytree(project, tmp_path / str(processes), symlinks=True)
@@ -209,7 +210,9 @@ def test_two_processes_learn_what_one_learns(project, tmp_path):
         found.append((load_file(folder / "last/model.safetensors"), read_json_lines(folder / "log.jsonl")))
     (one, one_log), (two, two_log) = found
     for key, value in one.items():
-        torch.testing.assert_close(value, two[key], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(value, two[key], atol=1e-4, rtol=1e-4)
+    losses = [[line["loss"] for line in log if "loss" in line] for log in (one_log, two_log)]
+    assert losses[0] and losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert [line["val_rmse"] for line in one_log if "val_rmse" in line] == pytest.approx(
         [line["val_rmse"] for line in two_log if "val_rmse" in line], abs=1e-5
     )

@@ -1,0 +1,222 @@
+"""Does RA-BC help, and how much of the way to an oracle does it go? (`make experiment`, resumable)
+
+    python -m benchmarks.experiment [--arms bc rabc ...] [--seeds 0 1 2 3 4] [--jobs 2] [--kind test|tune] [--steps N]
+
+The same policy, data and training budget for every arm; an arm decides only how often each training frame is drawn
+(`policy.weighting: sampling`, equal in expectation to scaling losses by Eq 7). Training seeds and starts are paired: the
+k-th policies of all arms begin with the same weights and take the same random numbers, and all act from the same starts.
+
+bc               every frame alike
+rabc             the weights of notebook 05
+oracle           1 for productive and recovering frames, 0 for injected and dead ones, by the simulator's labels
+shuffled         the weights of rabc, each given to another frame
+success_filter   the frames of episodes that succeeded
+rabc_single      as rabc, by a reward model of one stage (`make scorecard` trains it)
+duration_filter  the faster half of the episodes that succeeded
+top_k            as much of the data as rabc keeps, by highest r
+clean_only       the episodes without an imperfection
+
+oracle, success_filter, duration_filter and clean_only know the simulator's truth: they are references, and nothing reads
+what they leave. Starts of `--kind tune` choose the budget and are never reported; those of `test` choose nothing.
+"""
+
+import argparse
+import concurrent.futures
+import functools
+import json
+import multiprocessing
+import os
+import time
+from pathlib import Path
+
+ARMS = ("bc", "rabc", "oracle", "shuffled", "success_filter", "rabc_single", "duration_filter", "top_k", "clean_only")
+STARTS = {"tune": range(50_000, 50_050), "test": range(60_000, 60_100)}  # seeds of the simulator; the dataset's are below
+RESULTS = Path(__file__).with_suffix(".json")
+POLICY = {  # beside params.yaml's: the same for every arm
+    "policy.weighting": "sampling",
+    "policy.steps": 6000,
+    "policy.warmup_steps": 200,
+    "policy.save_every": 1000,
+    "policy.log_every": 100,
+}
+ENVIRONMENTS = 20  # that act together
+
+
+def arm_weights(arm: str, seed: int, config, demos, work: Path):
+    """The weight of every row of the dataset, (N,) float32; None for plain BC."""
+    import numpy as np
+
+    from sarm_lib import dataset, rabc
+
+    if arm == "bc":
+        return None
+    train = dataset.rows_of(demos.split("train"))
+    table = dataset.episode_table(demos)
+    path = config.paths.read("rabc_weights.parquet", "05_compute_rabc")
+    ours, r = rabc.weights_of_rows(path, config, demos)
+    if arm == "rabc":
+        return ours
+    if arm == "rabc_single":
+        return single_stage_weights(config, demos, work)
+    weight = np.zeros(demos.num_frames, dtype=np.float32)
+    if arm == "shuffled":
+        weight[train] = np.random.default_rng([seed, 11]).permutation(ours[train])
+        return weight
+    if arm == "oracle":
+        quality = demos.truth("quality", config.base.truth_prefix)
+        return np.isin(quality, (0, 2)).astype(np.float32)
+    if arm == "top_k":
+        kept = train[np.argsort(-r[train], kind="stable")[: round(len(train) * ours[train].mean())]]
+        weight[kept] = 1
+        return weight
+    success = demos.truth("success", config.base.truth_prefix)
+    episodes = [e for e in demos.split("train") if success[e.rows].any()]
+    if arm == "duration_filter":
+        episodes = sorted(episodes, key=lambda e: (e.length, e.index))[: len(episodes) // 2]
+    if arm == "clean_only":
+        clean = set(table[table.group == "clean"].episode)
+        episodes = [e for e in demos.split("train") if e.index in clean]
+    weight[dataset.rows_of(episodes)] = 1
+    return weight
+
+
+def single_stage_weights(config, demos, work: Path):
+    """Weights by the reward model of one stage that `make scorecard` trains, with the same Δ and the same rule for κ."""
+    from sarm_lib import checkpoint, encoder, progress, rabc
+
+    model = checkpoint.load_reward_model(config.paths.read("scratch/scorecard/single_stage", "make scorecard"), "cpu")
+    config = config.model_copy(update={"rabc": config.rabc.model_copy(update={"head_mode": "sparse"})})
+    embeddings = encoder.open_embeddings(config.paths.read("embeddings", "00_prepare"), demos)
+    path = work / "single_stage.parquet"
+    progress.ensure_progress(path, config, demos, embeddings, model, "single_stage")
+    return rabc.from_params(path, config, demos, embeddings.fingerprint).weight
+
+
+@functools.cache
+def materials(overrides: str, device: str):
+    """What every run of a process shares: parameters, dataset, frames at the policy's resolution."""
+    from sarm_lib import dataset, params, policy
+
+    config = params.load("params.yaml", json.loads(overrides))
+    demos = dataset.from_params(config)
+    return config, demos, policy.frames_for(config.policy, demos, ("train",), device)
+
+
+def run(arm: str, seed: int, kind: str, overrides: str, device: str, work: str) -> dict:
+    """Train one policy and let it act; what was done before is read."""
+    import torch
+
+    from demo.simulator import TASK
+    from sarm_lib import artifacts, evaluate, policy
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    config, demos, frames = materials(overrides, device)
+    start = time.perf_counter()
+    trained = policy.Arm(arm, arm_weights(arm, seed, config, demos, Path(work)))
+    folder = Path(work) / f"{arm}-{seed}"
+    curve = policy.train_arm(trained, config, demos, frames, device, folder / "policy", seed)
+    seconds = time.perf_counter() - start
+    result = folder / f"{kind}.json"
+    made_from = {
+        "policy": artifacts.read_json(folder / "policy" / artifacts.PROVENANCE),
+        "starts": [STARTS[kind].start, STARTS[kind].stop],
+        "code": artifacts.code_digest("evaluate"),
+    }
+    if result.exists() and artifacts.read_json(result)["made_from"] == made_from:
+        return artifacts.read_json(result)
+    make = evaluate.environment("demo.environment:AssemblyEnv")
+    start = time.perf_counter()
+    environments = evaluate.open_environments(make, ENVIRONMENTS)
+    loaded = policy.load(folder / "policy", device)
+    most = environments[0]._max_episode_steps
+    done = list(evaluate.rollouts(loaded, environments, STARTS[kind], most, TASK, quiet=True))
+    evaluate.close(environments)
+    found = {
+        "seed": seed,
+        **evaluate.summary(done, demos.fps),
+        "succeeded": [int(r.success) for r in done],
+        "frames": [r.frames for r in done],
+        "train_loss": curve[-1]["loss"],
+        "seconds": {"training": round(seconds, 1), "acting": round(time.perf_counter() - start, 1)},
+        "made_from": made_from,
+    }
+    artifacts.write_json(result, found)
+    return found
+
+
+def report(runs: dict[str, dict[int, dict]], settings: dict) -> dict:
+    """Success of every arm, and its difference from plain BC and from shuffled weights, with intervals."""
+    import numpy as np
+
+    from sarm_lib import statistics
+
+    arms = {}
+    for arm, by_seed in runs.items():
+        rows = [by_seed[seed] for seed in sorted(by_seed)]
+        successes, rollouts = sum(r["successes"] for r in rows), sum(r["rollouts"] for r in rows)
+        arms[arm] = {
+            "runs": [
+                {key: r[key] for key in ("seed", "successes", "rollouts", "median_seconds", "train_loss")}
+                | {"succeeded": "".join(map(str, r["succeeded"]))}
+                for r in rows
+            ],
+            "success_rate": successes / rollouts,
+        }
+        for other in ("bc", "shuffled"):
+            shared = sorted(set(by_seed) & set(runs.get(other, {})))
+            if arm != other and shared:
+                mine, theirs = (np.array([r[s]["succeeded"] for s in shared]) for r in (by_seed, runs[other]))
+                arms[arm][f"over_{other}"] = statistics.paired_difference(mine, theirs)
+    rates = {arm: value["success_rate"] for arm, value in arms.items()}
+    if {"bc", "rabc", "oracle"} <= set(rates) and rates["oracle"] != rates["bc"]:
+        arms["rabc"]["gap_closed"] = (rates["rabc"] - rates["bc"]) / (rates["oracle"] - rates["bc"])
+    return {"settings": settings, "arms": arms}
+
+
+def table(found: dict) -> str:
+    """The results as Markdown."""
+    lines = ["| arm | successes | rate | over plain BC (95 %) |", "|---|---|---|---|"]
+    for arm, value in found["arms"].items():
+        successes, rollouts = (sum(r[key] for r in value["runs"]) for key in ("successes", "rollouts"))
+        over = value.get("over_bc")
+        text = f"{over['difference']:+.3f} ({over['difference_low']:+.3f} … {over['difference_high']:+.3f})" if over else ""
+        lines.append(f"| `{arm}` | {successes} of {rollouts} | {value['success_rate']:.3f} | {text} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arms", nargs="*", choices=ARMS, default=list(ARMS[:5]))
+    parser.add_argument("--seeds", nargs="*", type=int, default=list(range(5)))
+    parser.add_argument("--kind", choices=STARTS, default="test")
+    parser.add_argument("--steps", type=int, default=POLICY["policy.steps"])
+    parser.add_argument("--set", nargs="*", default=[], help="other parameters, as policy.batch_size=64")
+    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1)))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--work", default="outputs/work/experiment")
+    arguments = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // arguments.jobs)))
+    given = {key: json.loads(value) for key, value in (item.split("=", 1) for item in arguments.set)}
+    settings = {**POLICY, "policy.steps": arguments.steps, **given, "base.outputs": "outputs"}
+    overrides = json.dumps(settings, sort_keys=True)
+    jobs = [(arm, seed) for seed in arguments.seeds for arm in arguments.arms]
+    runs: dict[str, dict[int, dict]] = {arm: {} for arm in arguments.arms}
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(arguments.jobs, mp_context=context) as pool:
+        futures = {
+            pool.submit(run, arm, seed, arguments.kind, overrides, arguments.device, arguments.work): (arm, seed)
+            for arm, seed in jobs
+        }
+        for future in concurrent.futures.as_completed(futures):
+            arm, seed = futures[future]
+            runs[arm][seed] = future.result()
+            took = runs[arm][seed]["seconds"]
+            print(f"{arm} {seed}: {runs[arm][seed]['successes']} of {runs[arm][seed]['rollouts']}, {took}", flush=True)
+            found = report({arm: by_seed for arm, by_seed in runs.items() if by_seed}, settings)
+            if arguments.kind == "test":
+                RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()

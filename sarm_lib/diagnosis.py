@@ -1,0 +1,251 @@
+"""What RA-BC's weights say about a dataset: are they healthy, will they help, which episodes should a person watch.
+
+Nothing here knows a simulator's truth but `detection`, which compares with it.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from sarm_lib import rabc
+from sarm_lib.dataset import Dataset, episode_table
+from sarm_lib.rabc import RabcWeights
+from sarm_lib.statistics import roc_auc
+
+STALLED = 0.25  # of the mean r: below it a robot does not get on
+BAD_STRETCH_SECONDS = 0.25  # shorter ones are noise
+LITTLE_TO_GAIN = 0.03  # share of frames in bad stretches below which there is nothing to filter
+QUALITY = {"productive": (0,), "recovering": (2,), "bad": (1, 3)}  # values of a simulator's `quality` column
+
+
+def warnings(statistics: dict[str, float | int]) -> list[str]:
+    """The guide's table of symptoms, in words; empty for a healthy weighting (mean weight 0.3 to 0.8)."""
+    found = []
+    if statistics["delta_mean"] <= 0:
+        found.append("delta mean ≤ 0: predicted progress does not rise; look at the reward model (notebook 04) first")
+    if statistics["delta_std"] < 1e-6:
+        found.append("delta std ≈ 0: every frame looks alike, so there is nothing to weight")
+    if statistics["mean_weight"] > 0.95:
+        found.append(
+            "mean weight ≈ 1: κ is too low and RA-BC is plain behaviour cloning; raise rabc.kappa towards delta mean"
+        )
+    elif statistics["mean_weight"] > 0.8:
+        found.append("mean weight above 0.8: RA-BC changes little; raise rabc.kappa towards delta mean + delta std")
+    elif statistics["mean_weight"] < 0.3:
+        found.append("mean weight below 0.3: few frames are left to learn from; lower rabc.kappa")
+    return found
+
+
+def kappa_table(weights: RabcWeights, train: list[int], chosen: float | str, fps: float) -> pd.DataFrame:
+    """What every rule for κ would do to the frames of `train`: κ, mean weight, shares of weight 0 and 1, and the mean weight
+    in and outside of bad stretches: the more they differ, the more is filtered."""
+    rows = np.concatenate(_episodes(weights, train))
+    bad = np.concatenate([_in_stretches(weights, mine, fps) for mine in _episodes(weights, train)])
+    delta, statistics = weights.delta[rows], (weights.delta_mean, weights.delta_std)
+    rules, table = ["mean", "mean+std", "mean+2std", "mean_weight=0.5", "quantile=0.6"], {}
+    for rule in rules + ([chosen] if chosen not in rules else []):
+        kappa = rabc.kappa_of(rule, delta, *statistics, weights.epsilon)
+        weight = rabc.weights(delta, *statistics, kappa, weights.epsilon)
+        table[f"{rule} (rabc.kappa)" if rule == chosen else str(rule)] = {
+            "κ": kappa,
+            "mean weight": weight.mean(),
+            "weight 0": (weight == 0).mean(),
+            "weight 1": (weight == 1).mean(),
+            "in bad stretches": weight[bad].mean() if bad.any() else math.nan,
+            "elsewhere": weight[~bad].mean(),
+        }
+    return pd.DataFrame(table).T
+
+
+@dataclass(frozen=True)
+class SuggestedDelta:
+    """A Δ and why."""
+
+    frames: int
+    because: str
+
+
+def suggested_delta(
+    phi: np.ndarray, weights: RabcWeights, train: list[int], fps: float, chunk_size: int
+) -> SuggestedDelta:
+    """The shortest Δ over which steady progress stands out: long enough that the median episode gains three times the
+    jitter of φ (N,) from frame to frame, and a fifth of a second, in which a robot hardly moves; at most a chunk.
+
+    A short Δ sees where a mistake begins and ends; the paper's 25 frames of 90 s tell little apart but noise.
+    """
+    mine = np.isin(weights.episode_index, train)
+    length = float(np.median(np.bincount(weights.episode_index[mine])[train]))
+    steps = np.diff(phi, n=2)[(weights.episode_index[2:] == weights.episode_index[:-2]) & mine[2:]]
+    jitter = float(np.median(np.abs(steps)) / 0.6745 / math.sqrt(6)) if len(steps) else 0.0
+    visible, shortest = math.ceil(3 * jitter * length), math.ceil(0.2 * fps)
+    frames = int(min(max(visible, shortest, 1), chunk_size))
+    return SuggestedDelta(
+        frames,
+        f"a median episode of {length:.0f} frames gains {1 / length:.4f} a frame, and φ jitters by {jitter:.4f}: three times that "
+        f"takes {visible} frames; a fifth of a second is {shortest}, a chunk {chunk_size}",
+    )
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether RA-BC is likely to help, and why."""
+
+    likely: bool
+    because: str
+
+    def __str__(self) -> str:
+        return f"RA-BC is {'likely' if self.likely else 'unlikely'} to help here: {self.because}"
+
+
+def verdict(weights: RabcWeights, train: list[int], fps: float) -> Verdict:
+    """Will the weights change what is learned, and for the better? Judged on the frames of `train`, without any truth."""
+    statistics = weights.statistics(train)
+    if statistics["delta_mean"] <= 0 or statistics["delta_std"] < 1e-6:
+        return Verdict(False, "predicted progress does not rise, so the reward model says nothing about frames")
+    if statistics["mean_weight"] > 0.95:
+        return Verdict(False, f"κ = {weights.kappa:.3g} lets {statistics['mean_weight']:.0%} through; raise it first")
+    mine = np.isin(weights.episode_index, train)
+    bad = np.concatenate([_in_stretches(weights, rows, fps) for rows in _episodes(weights, train)])
+    share, weight = bad.mean(), weights.weight[mine]
+    if share < LITTLE_TO_GAIN:
+        return Verdict(
+            False,
+            f"only {share:.1%} of the training frames stand still or go back for {BAD_STRETCH_SECONDS} s or more: these "
+            "demonstrations are consistent, and there is little to filter",
+        )
+    kept = weight[~bad].mean()
+    return Verdict(
+        True,
+        f"{share:.0%} of the training frames stand still or go back for {BAD_STRETCH_SECONDS} s or more; their mean weight is "
+        f"{weight[bad].mean():.2f}, that of the others {kept:.2f}",
+    )
+
+
+def _episodes(weights: RabcWeights, episodes: list[int]) -> list[np.ndarray]:
+    """Rows of the weights, an array an episode."""
+    starts = np.flatnonzero(np.r_[True, np.diff(weights.episode_index) != 0])
+    ends = np.r_[starts[1:], len(weights.episode_index)]
+    wanted = set(episodes)
+    return [np.arange(a, b) for a, b in zip(starts, ends, strict=True) if weights.episode_index[a] in wanted]
+
+
+def stretches(mask: np.ndarray, shortest: int) -> list[tuple[int, int]]:
+    """First and last index of every run of True of at least so many."""
+    edges = np.flatnonzero(np.diff(np.r_[False, mask, False]))
+    return [(int(a), int(b) - 1) for a, b in zip(edges[::2], edges[1::2], strict=True) if b - a >= shortest]
+
+
+def _in_stretches(weights: RabcWeights, rows: np.ndarray, fps: float) -> np.ndarray:
+    """Which frames of an episode (T,) are in a bad stretch."""
+    found = np.zeros(len(rows), dtype=bool)
+    slow = weights.delta[rows] < STALLED * weights.delta_mean
+    for first, last in stretches(slow, math.ceil(BAD_STRETCH_SECONDS * fps)):
+        found[first : last + 1] = True
+    return found
+
+
+def ranking(weights: RabcWeights, dataset: Dataset, episodes: list[int], phi: np.ndarray) -> pd.DataFrame:
+    """Episodes by mean weight, the worst first: which to watch, and why. phi (N,): progress in the order of `weights`.
+
+    Columns: episode, group, seconds, mean_weight, weight_0 (share), stalled (share in bad stretches), final_progress, why.
+    """
+    table = episode_table(dataset).set_index("episode")
+    rows = []
+    for mine in _episodes(weights, episodes):
+        episode, bad = int(weights.episode_index[mine[0]]), _in_stretches(weights, mine, dataset.fps)
+        rows.append(
+            {
+                "episode": episode,
+                "group": table.group[episode],
+                "seconds": round(len(mine) / dataset.fps, 2),
+                "mean_weight": round(float(weights.weight[mine].mean()), 4),
+                "weight_0": round(float((weights.weight[mine] == 0).mean()), 4),
+                "stalled": round(float(bad.mean()), 4),
+                "final_progress": round(float(phi[mine[-1]]), 4),
+                "why": _why(weights, mine, bad, phi, dataset.fps),
+            }
+        )
+    return pd.DataFrame(rows).sort_values(["mean_weight", "episode"], ignore_index=True)
+
+
+def _why(weights: RabcWeights, rows: np.ndarray, bad: np.ndarray, phi: np.ndarray, fps: float) -> str:
+    said = []
+    for first, last in stretches(bad, 1):
+        change = float(phi[rows[min(last + weights.delta_frames, len(rows) - 1)]] - phi[rows[first]])
+        what = "goes back" if change < -0.02 else "stands still"
+        said.append(f"{what} at {first / fps:.1f}-{(last + 1) / fps:.1f} s ({change:+.2f})")
+    if phi[rows[-1]] < 0.9:
+        said.append(f"ends at {phi[rows[-1]]:.2f}")
+    return "; ".join(said) or "steady"
+
+
+def delete_command(dataset: Dataset, episodes: list[int], folder: str | None = None) -> str:
+    """LeRobot's command that writes the dataset without these episodes. folder: of a local dataset."""
+    repo_id, root = dataset.lerobot_metadata.repo_id, f"--root={folder} " if folder else ""
+    return (
+        f"lerobot-edit-dataset --repo_id={repo_id} {root}--new_repo_id={repo_id}_filtered --operation.type=delete_episodes "
+        f"--operation.episode_indices='{sorted(episodes)}'"
+    )
+
+
+def extremes(
+    weights: RabcWeights, episodes: list[int], phi: np.ndarray, count: int
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The frames that lose and gain most in Δ, one an episode: `episode`, `frame`, `later` (Δ on, within the episode),
+    `delta`, `weight` and the reason."""
+    lightest, heaviest = [], []
+    for rows in _episodes(weights, episodes):
+        whole = rows[: max(1, len(rows) - weights.delta_frames)]  # the frames behind share the last full window
+        for kept, row in (
+            (lightest, whole[weights.delta[whole].argmin()]),
+            (heaviest, whole[weights.delta[whole].argmax()]),
+        ):
+            later = min(row + weights.delta_frames, rows[-1])
+            kept.append(
+                {
+                    "episode": int(weights.episode_index[row]),
+                    "frame": int(weights.frame_index[row]),
+                    "later": int(weights.frame_index[later]),
+                    "delta": float(weights.delta[row]),
+                    "weight": float(weights.weight[row]),
+                    "why": f"progress {phi[row]:.2f} to {phi[later]:.2f}",
+                }
+            )
+    light, heavy = (pd.DataFrame(kept).sort_values("delta", ignore_index=True) for kept in (lightest, heaviest))
+    return light.head(count), heavy.iloc[::-1].head(count).reset_index(drop=True)
+
+
+def detection(weights: RabcWeights, quality: np.ndarray, groups: np.ndarray) -> pd.DataFrame:
+    """How well low weight finds bad frames, all together and by group: a simulator's `quality` (N,) and group (N,) of the
+    weights' frames.
+
+    Bad is what was injected or dead, held against productive frames; recovery makes progress and stands apart.
+    auc_delta, auc_weight: ROC area of r and of w; zero_precision, zero_recall: of weight 0; weight_*: mean weights.
+    """
+    rows = {}
+    for group in ["all", *sorted(set(groups.tolist()))]:
+        mine = np.ones(len(groups), dtype=bool) if group == "all" else groups == group
+        label = {name: mine & np.isin(quality, values) for name, values in QUALITY.items()}
+        judged = label["productive"] | label["bad"]
+        good, zero = label["productive"][judged], weights.weight[judged] == 0
+        row = {
+            "frames": int(mine.sum()),
+            "bad": int(label["bad"].sum()),
+            "auc_delta": roc_auc(weights.delta[judged], good),
+            "auc_weight": roc_auc(weights.weight[judged], good),
+            "zero_precision": float((~good)[zero].mean()) if zero.any() else math.nan,
+            "zero_recall": float(zero[~good].mean()) if (~good).any() else math.nan,
+        }
+        row |= {f"weight_{n}": float(weights.weight[m].mean()) if m.any() else math.nan for n, m in label.items()}
+        rows[group] = row
+    return pd.DataFrame(rows).T
+
+
+def figures(table: pd.DataFrame) -> dict[str, dict[str, float]]:
+    """A table of figures as JSON has it: rounded, without what is not there."""
+    return {
+        str(name): {key: round(float(value), 4) for key, value in row.items() if not pd.isna(value)}
+        for name, row in table.iterrows()
+    }

@@ -1,0 +1,299 @@
+"""Did the weights help? Trained policies act in a simulator, on starts that no training saw.
+
+A success rate s/n carries Wilson's 95 % interval. Two arms are compared on the same starts: their difference carries a
+bootstrap 95 % interval over training seeds and starts (`statistics.paired_difference`).
+
+Environments are Gymnasium's, with observations as LeRobot names them: `pixels` (a picture, or one a camera) and
+`agent_pos`; `info["is_success"]` says when the task is done.
+"""
+
+import dataclasses
+import functools
+import importlib
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+from lerobot.envs.utils import preprocess_observation
+from lerobot.policies.pretrained import PreTrainedPolicy
+from lerobot.utils.constants import OBS_STATE
+from PIL import Image
+from tqdm.auto import tqdm
+
+from sarm_lib import charts
+from sarm_lib.checkpoint import RewardModel
+from sarm_lib.dataset import Episode
+from sarm_lib.encoder import Embeddings, Encoder
+from sarm_lib.policy import CachedFrames, StreamedFrames
+from sarm_lib.progress import Scores, score
+from sarm_lib.statistics import wilson
+from sarm_lib.windows import FrameStore, pad_state
+
+UNDERTRAINED = 0.2  # plain BC below this says little about weights
+
+
+class Unavailable(RuntimeError):
+    """The environment is there and cannot run on this machine; the message says why."""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One episode of a policy: T frames, the last of which shows how it ended."""
+
+    seed: int
+    success: bool
+    frames: int  # T
+    states: np.ndarray | None = None  # (T, S); None unless recorded
+    images: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # a camera: (T, H, W, 3) uint8
+
+
+# --- acting -------------------------------------------------------------------------------------------------------------
+
+
+def environment(name: str, options: dict[str, Any] | None = None) -> Callable[[], gymnasium.Env]:
+    """What makes an environment: `package.module:Name`, or an id that Gymnasium knows (`gym_pusht/PushT-v0`, whose package
+    is imported). Raises ValueError where there is no such thing."""
+    options = options or {}
+    try:
+        if ":" in name:
+            module, attribute = name.split(":", 1)
+            return functools.partial(getattr(importlib.import_module(module), attribute), **options)
+        if "/" in name:
+            importlib.import_module(name.split("/", 1)[0])
+        gymnasium.spec(name)
+    except (ImportError, AttributeError, gymnasium.error.Error) as error:
+        raise ValueError(f"evaluate.environment: {name!r} cannot be found ({error})") from error
+    return functools.partial(
+        gymnasium.make, name, disable_env_checker=True, **options
+    )  # it would look at every picture
+
+
+def open_environments(make: Callable[[], gymnasium.Env], number: int) -> list[gymnasium.Env]:
+    """So many environments, each of which has shown a picture. Raises Unavailable where they cannot run here."""
+    try:
+        environments = [make() for _ in range(number)]
+        for env in environments:
+            observe([env.reset(seed=0)[0]])
+    except Exception as error:  # simulators raise whatever their renderer raises
+        raise Unavailable(f"the simulator cannot run here ({type(error).__name__}: {error})") from error
+    return environments
+
+
+def try_environments(settings) -> tuple[list[gymnasium.Env], str | None]:
+    """The environments that `params.evaluate` names, or none and why. A name that does not exist is an error (ValueError)."""
+    if settings.environment is None:
+        return [], "evaluate.environment names no simulator: actions are compared instead"
+    make = environment(settings.environment, settings.environment_options)
+    try:
+        return open_environments(make, min(settings.num_environments, settings.rollouts)), None
+    except Unavailable as error:
+        return [], f"{error}\nActions are compared instead."
+
+
+def close(environments: Sequence[gymnasium.Env]) -> None:
+    for env in environments:
+        env.close()
+
+
+def observe(observations: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Observations of B environments as one batch under LeRobot's names, pictures (B, 3, H, W) in [0, 1]."""
+    batch: dict[str, Any] = {"agent_pos": np.stack([o["agent_pos"] for o in observations])}
+    pixels = [o["pixels"] for o in observations]
+    if isinstance(pixels[0], np.ndarray):
+        batch["pixels"] = np.stack(pixels)
+    else:
+        batch["pixels"] = {camera: np.stack([p[camera] for p in pixels]) for camera in pixels[0]}
+    return preprocess_observation(batch)
+
+
+def looks_every(policy: PreTrainedPolicy) -> int:
+    """How often a policy looks at what it is given: between, it acts from its queue."""
+    config = policy.config
+    remembers = getattr(config, "n_obs_steps", 1) > 1 or getattr(config, "temporal_ensemble_coeff", None) is not None
+    return 1 if remembers else getattr(config, "n_action_steps", 1)
+
+
+@torch.inference_mode()
+def rollouts(
+    policy: tuple[PreTrainedPolicy, Any, Any],
+    environments: Sequence[gymnasium.Env],
+    seeds: Sequence[int],
+    max_frames: int,
+    task: str,
+    record: bool = False,
+    quiet: bool = False,
+) -> Iterator[Rollout]:
+    """Act once from every start in `seeds`, several environments at a time, in order.
+
+    policy: with its pre- and postprocessor (`policy.load`). The policy's own noise is seeded by the starts that share a
+    batch. record: keep every picture and state.
+    """
+    model, preprocess, postprocess = policy
+    model.eval()
+    looks = looks_every(model)
+    bar = tqdm(total=len(seeds), desc="rollouts", unit="rollout", mininterval=5, disable=quiet)
+    for first in range(0, len(seeds), len(environments)):
+        wave = list(seeds[first : first + len(environments)])
+        torch.manual_seed(wave[0])
+        model.reset()
+        members = list(zip(environments, wave, strict=False))
+        seen = [env.reset(seed=int(seed))[0] for env, seed in members]
+        kept: list[list[dict[str, Any]]] = [[] for _ in members]
+        success, frames = [False] * len(members), [1] * len(members)
+        running, step = set(range(len(members))), 0
+        if record:
+            for i in running:
+                kept[i].append(_copy(seen[i]))
+        shown = list(seen)  # a finished environment goes on showing what it showed when the policy last looked
+        batch: dict[str, Any] = {}
+        while running:
+            if step % looks == 0:
+                shown = [_copy(seen[i]) if i in running else shown[i] for i in range(len(members))]
+                batch = preprocess({**observe(shown), "task": [task] * len(members)})
+            actions = postprocess(model.select_action(batch)).float().cpu().numpy()
+            for i in sorted(running):
+                seen[i], _, terminated, truncated, info = members[i][0].step(actions[i])
+                frames[i] += 1
+                success[i] = bool(info.get("is_success", False))
+                if record:
+                    kept[i].append(_copy(seen[i]))
+                if success[i] or terminated or truncated or frames[i] >= max_frames:
+                    running.discard(i)
+            step += 1
+        for i, (_, seed) in enumerate(members):
+            yield Rollout(int(seed), success[i], frames[i], *_recorded(kept[i]))
+            bar.update()
+    bar.close()
+
+
+def _copy(observation: dict[str, Any]) -> dict[str, Any]:
+    """An observation with its pictures looked at: some environments draw them only then, and only until the next step."""
+    pixels = observation["pixels"]
+    looked = pixels.copy() if isinstance(pixels, np.ndarray) else {c: np.array(pixels[c]) for c in pixels}
+    return {"pixels": looked, "agent_pos": np.array(observation["agent_pos"])}
+
+
+def _recorded(kept: list[dict[str, Any]]) -> tuple[np.ndarray | None, dict[str, np.ndarray]]:
+    if not kept:
+        return None, {}
+    batch = observe(kept)
+    pictures = {
+        key: (images.permute(0, 2, 3, 1) * 255).round().byte().numpy()
+        for key, images in batch.items()
+        if key.startswith("observation.image")
+    }
+    return batch[OBS_STATE].numpy(), pictures
+
+
+# --- what the reward model says of it -----------------------------------------------------------------------------------
+
+
+def score_rollout(
+    model: RewardModel, encoder: Encoder, rollout: Rollout, task: str, batch_size: int = 64
+) -> dict[str, Scores]:
+    """Progress of every frame of a recorded rollout, by head. Raises ValueError for a camera that the rollout lacks."""
+    missing = [key for key in model.image_keys if key not in rollout.images]
+    if missing:
+        raise ValueError(
+            f"the reward model sees {', '.join(missing)}; the environment shows {', '.join(rollout.images)}"
+        )
+    length, cameras = rollout.frames, {}
+    for key in model.image_keys:
+        parts = [encoder.images(rollout.images[key][i : i + batch_size]) for i in range(0, length, batch_size)]
+        cameras[key] = torch.cat(parts).cpu().numpy()
+    texts = encoder.texts([task]).cpu().numpy()
+    embeddings = Embeddings(cameras, texts, encoder.name, encoder.identity, "rollout")
+    states = pad_state(torch.from_numpy(model.normalise(rollout.states)), model.spec.max_state_dim)
+    one_episode = np.zeros(length, dtype=int), np.zeros(length, dtype=int), np.full(length, length)
+    store = FrameStore(embeddings, model.image_keys, states, *one_episode, model.spec.inputs)
+    return score(model.sarm, store, np.arange(length), model.spec.heads)
+
+
+# --- without a simulator ------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def action_errors(
+    policy: tuple[PreTrainedPolicy, Any, Any],
+    frames: CachedFrames | StreamedFrames,
+    episodes: Sequence[Episode],
+    every: int = 8,
+    batch_size: int = 32,
+) -> np.ndarray:
+    """Mean squared error of the actions that a policy would execute, (episodes,), in the robot's units, on every so many
+    frames of each episode. Actions beyond the end of an episode do not count."""
+    model, preprocess, postprocess = policy
+    model.eval()
+    executed = getattr(model.config, "n_action_steps", 1)
+    found = []
+    for episode in episodes:
+        rows, squared, count = np.arange(episode.row, episode.row + episode.length, every), 0.0, 0
+        for batch in frames.batches(np.array_split(rows, math.ceil(len(rows) / batch_size))):
+            torch.manual_seed(0)
+            model.reset()
+            recorded, exists = batch["action"][:, :executed], ~batch["action_is_pad"][:, :executed]
+            chunk = postprocess(model.predict_action_chunk(preprocess(batch)))[:, :executed].float().cpu()
+            squared += float((((chunk - recorded) ** 2).mean(-1) * exists).sum())
+            count += int(exists.sum())
+        found.append(squared / count)
+    return np.array(found)
+
+
+# --- figures ------------------------------------------------------------------------------------------------------------
+
+
+def summary(done: Sequence[Rollout], fps: float) -> dict[str, float | int | None]:
+    """Success rate with its interval, and the median time to success in seconds."""
+    successes = [r for r in done if r.success]
+    low, high = wilson(len(successes), len(done))
+    times = [(r.frames - 1) / fps for r in successes]
+    return {
+        "rollouts": len(done),
+        "successes": len(successes),
+        "success_rate": round(len(successes) / len(done), 4),
+        "success_rate_low": round(low, 4),
+        "success_rate_high": round(high, 4),
+        "median_seconds": round(float(np.median(times)), 3) if times else None,
+    }
+
+
+def conclusion(metrics: dict[str, dict]) -> str:
+    """What the comparison of `rabc` with `bc` says, in words."""
+    bc, ours, gap = metrics["bc"], metrics["rabc"], metrics["difference"]
+    said = (
+        f"rabc succeeds in {ours['successes']} of {ours['rollouts']} rollouts, bc in {bc['successes']}: a difference of "
+        f"{gap['difference']:+.2f}, 95 % interval {gap['difference_low']:+.2f} to {gap['difference_high']:+.2f}"
+    )
+    if bc["success_rate"] < UNDERTRAINED:
+        return f"{said}. Plain BC succeeds in under {UNDERTRAINED:.0%}: the policies are undertrained, and this says little (policy.steps)"
+    if gap["difference_low"] <= 0 <= gap["difference_high"]:
+        return f"{said}: so few rollouts cannot tell them apart"
+    return f"{said}: the weights {'helped' if gap['difference'] > 0 else 'hurt'}"
+
+
+# --- pictures -----------------------------------------------------------------------------------------------------------
+
+
+def examples(done: Sequence[Rollout], number: int) -> list[Rollout]:
+    """So many rollouts to look at, successes and failures in turn."""
+    good, bad = ([r for r in done if r.success is kind] for kind in (True, False))
+    turns = [r for pair in itertools.zip_longest(good, bad) for r in pair if r is not None]
+    return turns[:number]
+
+
+def film(rollout: Rollout, fps: float, frames: int = 12) -> Image.Image:
+    """Every camera of a recorded rollout, so many frames each, one row a camera."""
+    shown = np.unique(np.linspace(0, rollout.frames - 1, frames).round().astype(int))
+    labels = [f"{t / fps:.1f} s" for t in shown]
+    rows = [charts.filmstrip(images[shown], labels) for images in rollout.images.values()]
+    page = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white")
+    top = 0
+    for row in rows:
+        page.paste(row, (0, top))
+        top += row.height
+    return page

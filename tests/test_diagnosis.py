@@ -1,0 +1,114 @@
+"""What weights say about a dataset: symptoms, a Δ, a verdict, which episodes and frames."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from sarm_lib import diagnosis, rabc
+
+FPS = 20
+
+
+def weights_of(walks: list[np.ndarray], delta_frames: int = 4, kappa: float | str = "mean+std") -> tuple:
+    """Weights of episodes with this progress, and the progress."""
+    phi = np.concatenate(walks).astype(np.float32)
+    episode = np.repeat(np.arange(len(walks)), [len(w) for w in walks])
+    frame = np.concatenate([np.arange(len(w)) for w in walks])
+    delta = rabc.deltas(phi, episode, delta_frames)
+    mean, std = float(delta.mean()), float(delta.std())
+    number = rabc.kappa_of(kappa, delta, mean, std, 1e-6)
+    weight = rabc.weights(delta, mean, std, number, 1e-6)
+    columns = np.arange(len(phi)), episode, frame, delta, weight
+    return rabc.RabcWeights(*columns, mean, std, delta_frames, number, 1e-6), phi
+
+
+STEADY = [np.linspace(0, 1, n) + 0.002 * np.sin(np.arange(n)) for n in (40, 44, 50, 42)]
+STALLED = np.concatenate(
+    [np.linspace(0, 0.5, 20), np.full(20, 0.5), np.linspace(0.5, 0.2, 12), np.linspace(0.2, 1, 30)]
+)
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "weight", "expected"),
+    [
+        (0.1, 0.1, 0.5, None),
+        (0.1, 0.1, 0.99, "raise rabc.kappa"),
+        (0.1, 0.1, 0.85, "raise rabc.kappa"),
+        (0.1, 0.1, 0.1, "lower rabc.kappa"),
+        (-0.1, 0.1, 0.5, "delta mean ≤ 0"),
+        (0.1, 0.0, 0.5, "delta std ≈ 0"),
+    ],
+)
+def test_the_guide_s_table_of_symptoms(mean, std, weight, expected):
+    found = diagnosis.warnings({"delta_mean": mean, "delta_std": std, "mean_weight": weight})
+    assert (not found) if expected is None else any(expected in text for text in found)
+
+
+def test_the_verdict_is_of_what_can_be_filtered():
+    steady, _ = weights_of(STEADY)
+    messy, _ = weights_of([*STEADY, STALLED, STALLED])
+    falling, _ = weights_of([w[::-1] for w in STEADY])
+    through, _ = weights_of([*STEADY, STALLED], kappa=-1.0)
+    everyone = list(range(6))
+    assert not (found := diagnosis.verdict(steady, everyone, FPS)).likely and "consistent" in found.because
+    assert (found := diagnosis.verdict(messy, everyone, FPS)).likely and "stand still or go back" in found.because
+    assert "does not rise" in diagnosis.verdict(falling, everyone, FPS).because
+    assert not diagnosis.verdict(through, [0, 1], FPS).likely
+
+
+def test_delta_is_long_enough_to_see_progress_over_the_jitter():
+    noise = np.random.default_rng(0).normal(0, 1, 50)
+    found = {}
+    for jitter in (0.0, 0.05, 0.2):
+        computed, phi = weights_of([np.linspace(0, 1, 50) + jitter * noise] * 3)
+        found[jitter] = diagnosis.suggested_delta(phi, computed, [0, 1, 2], FPS, 16)
+    assert found[0.0].frames == math.ceil(0.2 * FPS)  # nothing is quicker than a fifth of a second
+    assert found[0.0].frames < found[0.05].frames < found[0.2].frames == 16  # at most a chunk
+    assert "50 frames" in found[0.05].because
+
+
+class Demos:
+    """As much of a dataset as an episode table needs."""
+
+    fps = FPS
+
+    def __init__(self, lengths):
+        self.lengths = lengths
+
+
+def test_the_ranking_puts_the_worst_first_and_says_why(monkeypatch):
+    walks = [STEADY[0], STALLED, STEADY[1]]
+    computed, phi = weights_of(walks)
+    table = pd.DataFrame({"episode": [0, 1, 2], "group": ["a", "b", "a"]})
+    monkeypatch.setattr(diagnosis, "episode_table", lambda _: table)
+    found = diagnosis.ranking(computed, Demos([len(w) for w in walks]), [0, 1, 2], phi)
+    assert found.episode[0] == 1 and found.mean_weight.is_monotonic_increasing
+    assert found.why[0].startswith("goes back at 0.9-2.5 s") and set(found.why[1:]) == {"steady"}
+    assert found.stalled[0] > 0.3 and found.seconds[0] == len(STALLED) / FPS
+    assert 1 not in set(diagnosis.ranking(computed, Demos([]), [0, 2], phi).episode)
+
+
+def test_the_lightest_frame_is_where_most_is_lost():
+    computed, phi = weights_of([STEADY[0], STALLED])
+    light, heavy = diagnosis.extremes(computed, [0, 1], phi, 1)
+    assert light.episode[0] == 1 and 40 <= light.frame[0] < 52 and light.delta[0] < 0 and light.weight[0] == 0
+    assert heavy.delta[0] == computed.delta.max() and heavy.later[0] == heavy.frame[0] + 4
+    assert len(diagnosis.extremes(computed, [0, 1], phi, 0)[0]) == 0
+
+
+def test_detection_knows_bad_from_productive_and_leaves_recovery_apart():
+    computed, _ = weights_of([STEADY[0], STALLED])
+    quality = np.concatenate([np.zeros(40), np.zeros(20), np.full(32, 1), np.full(5, 2), np.zeros(25)]).astype(int)
+    groups = np.repeat(["clean", "messy"], [40, 82])
+    found = diagnosis.detection(computed, quality, groups)
+    assert list(found.index) == ["all", "clean", "messy"] and found.bad["all"] == 32
+    bad, good = quality == 1, quality == 0
+    pairs = np.mean(
+        [(g > b) + 0.5 * (g == b) for g in computed.delta[good] for b in computed.delta[bad]]
+    )  # what an area under the ROC curve is
+    assert found.auc_delta["all"] == pytest.approx(pairs, abs=1e-6) and pairs > 0.8
+    zero = computed.weight == 0
+    assert found.zero_precision["all"] == pytest.approx((zero & bad).sum() / (zero & (bad | good)).sum())
+    assert math.isnan(found.auc_weight["clean"]) and "auc_weight" not in diagnosis.figures(found)["clean"]

@@ -1,0 +1,172 @@
+"""Rollouts: what a policy is shown, when it looks, how an episode ends; figures and their intervals."""
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from scipy.stats import bootstrap
+
+from sarm_lib import checkpoint, encoder, evaluate, policy, statistics
+from tests.conftest import CAMERAS
+
+
+class Line(gymnasium.Env):
+    """The tiny dataset's world: a square moves right by the action's first number; done at the edge."""
+
+    looked = 0
+
+    def __init__(self, cameras: bool = True) -> None:
+        self.cameras = cameras
+
+    def reset(self, *, seed=None, options=None):
+        self.at, self.seed = 0.1 * (seed % 5), seed
+        return self._observe(), {}
+
+    def step(self, action):
+        self.at += 0.02 * abs(float(action[0]))
+        done = self.at >= 1
+        return self._observe(), float(done), done, False, {"is_success": done}
+
+    def _observe(self):
+        image = np.full((32, 32, 3), int(255 * min(self.at, 1)), dtype=np.uint8)
+        pixels = {key.removeprefix("observation.images."): image for key in CAMERAS} if self.cameras else image
+        return {"pixels": pixels, "agent_pos": np.array([self.at, 0, 0], dtype=np.float32)}
+
+
+@pytest.fixture
+def trained(in_project):
+    config, _ = in_project
+    return policy.load(config.paths.read("policy/bc", "06"), "cpu")
+
+
+def test_rollouts_end_at_success_or_after_so_many_frames(in_project, trained):
+    environments = [Line(), Line()]
+    done = list(evaluate.rollouts(trained, environments, [4, 7, 9], 30, "stack the cubes", record=True, quiet=True))
+    assert [r.seed for r in done] == [4, 7, 9]
+    for rollout in done:
+        assert rollout.frames <= 30 and rollout.success == (rollout.states[-1, 0] >= 1)
+        assert len(rollout.states) == rollout.frames and set(rollout.images) == set(CAMERAS)
+        assert all(images.shape == (rollout.frames, 32, 32, 3) for images in rollout.images.values())
+        assert rollout.states[0, 0] == pytest.approx(0.1 * (rollout.seed % 5), abs=1e-6)
+        assert rollout.images[CAMERAS[0]][0, 0, 0, 0] == int(255 * 0.1 * (rollout.seed % 5))
+    again = list(evaluate.rollouts(trained, environments, [4, 7, 9], 30, "stack the cubes", quiet=True))
+    assert [(r.success, r.frames) for r in again] == [(r.success, r.frames) for r in done]
+    assert again[0].states is None and not again[0].images
+
+
+def test_a_policy_looks_only_when_it_has_to(in_project, trained, monkeypatch):
+    config, _ = in_project
+    seen, select = [], trained[0].select_action
+    monkeypatch.setattr(trained[0], "select_action", lambda batch: (seen.append(id(batch)), select(batch))[1])
+    list(evaluate.rollouts(trained, [Line()], [0], 12, "stack the cubes", quiet=True))
+    assert evaluate.looks_every(trained[0]) == config.policy.n_action_steps == 2
+    assert len(seen) == 11 and all(a == b for a, b in zip(seen[::2], seen[1::2], strict=False))
+
+
+def test_one_camera_without_a_name_is_lerobot_s_image():
+    batch = evaluate.observe([Line(cameras=False).reset(seed=3)[0]] * 2)
+    assert batch["observation.image"].shape == (2, 3, 32, 32) and batch["observation.state"].shape == (2, 3)
+
+
+def test_environments_are_found_by_path_and_by_id():
+    assert isinstance(evaluate.environment("tests.test_evaluate:Line", {"cameras": False})(), Line)
+    assert isinstance(evaluate.environment("CartPole-v1")(), gymnasium.Env)
+    for name in ("tests.test_evaluate:Nothing", "no_such_package:Env", "NoSuchEnv-v0", "no_package/Env-v0"):
+        with pytest.raises(ValueError, match=r"evaluate.environment: .* cannot be found"):
+            evaluate.environment(name)
+
+
+def test_what_cannot_run_here_is_told_and_not_raised(in_project):
+    config, _ = in_project
+    assert evaluate.try_environments(config.evaluate)[1].startswith("evaluate.environment names no simulator")
+    broken = config.evaluate.model_copy(update={"environment": "tests.test_evaluate:Broken"})
+    environments, why = evaluate.try_environments(broken)
+    assert environments == [] and "RuntimeError: no OpenGL" in why
+
+
+class Broken(Line):
+    def reset(self, *, seed=None, options=None):
+        raise RuntimeError("no OpenGL")
+
+
+def test_a_rollout_is_scored_like_an_episode(in_project, trained):
+    """The frames and states of a recorded episode as a rollout get the progress that stage 05 gave them."""
+    import pandas as pd
+
+    config, dataset = in_project
+    model, _ = checkpoint.reward_model_of(config, "cpu")
+    clip = encoder.from_params(config, "cpu")
+    episode = dataset.split("test")[0]
+    images = {key: dataset.read_frames(episode, key, range(episode.length)) for key in dataset.image_keys}
+    states = dataset.states[episode.rows]
+    rollout = evaluate.Rollout(0, True, episode.length, states, {k: np.stack(list(v)) for k, v in images.items()})
+    task = dataset.tasks[int(dataset.frames.task_index[episode.row])]
+    head = config.rabc.head_mode
+    table = pd.read_parquet(config.paths.read("sarm_progress.parquet", "05"))
+    recorded = table[table.episode_index == episode.index][f"progress_{head}"]
+    found = evaluate.score_rollout(model, clip, rollout, task)[head].progress
+    np.testing.assert_allclose(found, recorded, atol=1e-5)
+    with pytest.raises(ValueError, match=r"the environment shows nothing\.else"):
+        evaluate.score_rollout(model, clip, evaluate.Rollout(0, True, 3, states[:3], {"nothing.else": None}), task)
+
+
+def test_the_recorded_actions_have_no_error(in_project, trained, monkeypatch):
+    config, dataset = in_project
+    frames = policy.frames_of(config.policy, dataset, dataset.split("test"), "cpu")
+    errors = evaluate.action_errors(trained, frames, dataset.split("test"))
+    assert errors.shape == (len(dataset.split("test")),) and (errors > 0).all()
+    perfect = lambda batch: batch["action"]  # noqa: E731  (normalised, as a policy answers)
+    monkeypatch.setattr(trained[0], "predict_action_chunk", perfect)
+    np.testing.assert_allclose(evaluate.action_errors(trained, frames, dataset.split("test")), 0, atol=1e-10)
+
+
+def test_what_is_concluded_is_what_the_figures_say():
+    arm = lambda k: {"successes": k, "rollouts": 20, "success_rate": k / 20}  # noqa: E731
+    gap = lambda low, high: {"difference": (low + high) / 2, "difference_low": low, "difference_high": high}  # noqa: E731
+
+    def say(bc, ours, low, high):
+        return evaluate.conclusion({"bc": arm(bc), "rabc": arm(ours), "difference": gap(low, high)})
+
+    assert "undertrained" in say(1, 9, 0.2, 0.6)
+    assert "cannot tell them apart" in say(8, 10, -0.1, 0.3)
+    assert say(8, 18, 0.3, 0.7).endswith("the weights helped") and say(18, 8, -0.7, -0.3).endswith("the weights hurt")
+
+
+def test_examples_show_successes_and_failures():
+    done = [evaluate.Rollout(i, i < 5, 10) for i in range(6)]
+    assert {r.success for r in evaluate.examples(done, 2)} == {True, False} and len(evaluate.examples(done, 9)) == 6
+
+
+def test_wilson_s_interval():
+    """Figures of Newcombe (1998), table I."""
+    assert statistics.wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
+    assert statistics.wilson(15, 148) == pytest.approx((0.0624, 0.1605), abs=1e-4)
+    assert statistics.wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
+
+
+def test_the_difference_s_interval_is_the_bootstrap_s():
+    rng = np.random.default_rng(0)
+    ours, theirs = rng.random((1, 200)) < 0.6, rng.random((1, 200)) < 0.4
+    found = statistics.paired_difference(ours, theirs)
+    reference = bootstrap(((ours[0].astype(float) - theirs[0]),), np.mean, method="percentile", rng=rng)
+    low, high = reference.confidence_interval
+    assert (found["difference_low"], found["difference_high"]) == pytest.approx((low, high), abs=0.01)
+    same = statistics.paired_difference(ours, ours)
+    assert same == {"difference": 0.0, "difference_low": 0.0, "difference_high": 0.0}
+    seeds = np.repeat([[1], [0]], 50, axis=1)  # all depends on the training seed: two of them say little
+    wide = statistics.paired_difference(seeds, np.zeros_like(seeds))
+    assert (wide["difference_low"], wide["difference_high"]) == pytest.approx((0.0, 1.0))
+
+
+def test_roc_area():
+    assert statistics.roc_auc(np.array([0.1, 0.4, 0.4, 0.9]), np.array([False, False, True, True])) == 0.875
+    assert np.isnan(statistics.roc_auc(np.ones(3), np.ones(3, dtype=bool)))
+
+
+def test_noise_is_the_same_whoever_acts_first(trained):
+    """Two arms from the same starts take the same noise."""
+    state = torch.random.get_rng_state()
+    one = [r.frames for r in evaluate.rollouts(trained, [Line()], [1, 2], 20, "stack the cubes", quiet=True)]
+    torch.random.set_rng_state(state)
+    torch.rand(7)
+    assert one == [r.frames for r in evaluate.rollouts(trained, [Line()], [1, 2], 20, "stack the cubes", quiet=True)]
