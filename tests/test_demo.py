@@ -215,7 +215,7 @@ def test_the_environment_is_the_simulator_and_looks_only_when_asked(monkeypatch)
     assert set(first["pixels"]) == set(env.observation_space["pixels"])
     done = False
     while not done:
-        seen, reward, success, truncated, info = env.step(expert.get_action(env.sim.expert_observation))
+        _, reward, success, truncated, info = env.step(expert.get_action(env.sim.expert_observation))
         done = success or truncated
     assert success and reward == 1.0 and info["is_success"] and not truncated
     with pytest.raises(RuntimeError, match="look at the pictures before the next step"):
