@@ -12,8 +12,10 @@ import functools
 import importlib
 import itertools
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -55,10 +57,14 @@ class Rollout:
 # --- acting -------------------------------------------------------------------------------------------------------------
 
 
-def environment(name: str, options: dict[str, Any] | None = None) -> Callable[[], gymnasium.Env]:
+def environment(
+    name: str, options: dict[str, Any] | None = None, root: Path | None = None
+) -> Callable[[], gymnasium.Env]:
     """What makes an environment: `package.module:Name`, or an id that Gymnasium knows (`gym_pusht/PushT-v0`, whose package
-    is imported). Raises ValueError where there is no such thing."""
+    is imported). root: a folder whose packages count too. Raises ValueError where there is no such thing."""
     options = options or {}
+    if root and str(root) not in sys.path:
+        sys.path.append(str(root))
     try:
         if ":" in name:
             module, attribute = name.split(":", 1)
@@ -84,11 +90,15 @@ def open_environments(make: Callable[[], gymnasium.Env], number: int) -> list[gy
     return environments
 
 
-def try_environments(settings) -> tuple[list[gymnasium.Env], str | None]:
-    """The environments that `params.evaluate` names, or none and why. A name that does not exist is an error (ValueError)."""
+def try_environments(params) -> tuple[list[gymnasium.Env], str | None]:
+    """The environments that `params.evaluate` names, or none and why. A name that does not exist is an error (ValueError).
+
+    A module of the project is found from any folder, such as that of the notebooks.
+    """
+    settings = params.evaluate
     if settings.environment is None:
         return [], "evaluate.environment names no simulator: actions are compared instead"
-    make = environment(settings.environment, settings.environment_options)
+    make = environment(settings.environment, settings.environment_options, params.paths.root)
     try:
         return open_environments(make, min(settings.num_environments, settings.rollouts)), None
     except Unavailable as error:

@@ -1,5 +1,7 @@
 """Rollouts: what a policy is shown, when it looks, how an episode ends; figures and their intervals."""
 
+import sys
+
 import gymnasium
 import numpy as np
 import pytest
@@ -76,11 +78,19 @@ def test_environments_are_found_by_path_and_by_id():
             evaluate.environment(name)
 
 
+def test_a_module_of_the_project_is_found(tmp_path, monkeypatch):
+    (tmp_path / "my_robot.py").write_text("from tests.test_evaluate import Line as Robot")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(ValueError, match="cannot be found"):
+        evaluate.environment("my_robot:Robot")
+    assert isinstance(evaluate.environment("my_robot:Robot", root=tmp_path)(), Line)
+
+
 def test_what_cannot_run_here_is_told_and_not_raised(in_project):
     config, _ = in_project
-    assert evaluate.try_environments(config.evaluate)[1].startswith("evaluate.environment names no simulator")
+    assert evaluate.try_environments(config)[1].startswith("evaluate.environment names no simulator")
     broken = config.evaluate.model_copy(update={"environment": "tests.test_evaluate:Broken"})
-    environments, why = evaluate.try_environments(broken)
+    environments, why = evaluate.try_environments(config.model_copy(update={"evaluate": broken}))
     assert environments == [] and "RuntimeError: no OpenGL" in why
 
 
