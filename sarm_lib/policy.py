@@ -175,7 +175,11 @@ def _compare(policy: PreTrainedPolicy, stored) -> None:
     own, keys = policy.state_dict(), sorted(stored.keys())
     named = {key: torch.tensor(i) for i, key in enumerate(keys)}
     if rename := getattr(policy, "_fix_pytorch_state_dict_keys", None):  # OpenPI's names of π0
-        named = rename(named, policy.config)
+        logging.disable(logging.WARNING)  # it wonders, of every tower's patches, whether they might need handling
+        try:
+            named = rename(named, policy.config)
+        finally:
+            logging.disable(logging.NOTSET)
     named = {name if name in own else f"model.{name}": keys[i] for name, i in named.items()}
     held = {own[name].data_ptr() for name in named if name in own}  # a file holds tied weights once
     missing = [name for name, tensor in own.items() if tensor.data_ptr() not in held]
