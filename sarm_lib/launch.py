@@ -15,7 +15,7 @@ import json
 import logging
 from pathlib import Path
 
-from sarm_lib import checkpoint, dataset, encoder, lerobot_io, policy, progress, training
+from sarm_lib import checkpoint, dataset, encoder, lerobot_io, policy, progress, rabc, training
 from sarm_lib.params import load
 from sarm_lib.processes import own_device, share
 
@@ -62,7 +62,8 @@ def train_policies(params) -> Path:
     """Stage 06's policies. Returns the folder of the last one."""
     demos, device = dataset.from_params(params), dataset.pick_device(params.base.device)
     frames = policy.frames_for(params.policy, demos, ("train",), own_device(device))
-    for arm in policy.arms(params, demos):
+    weighted = rabc.weights_of_rows(params.paths.read("rabc_weights.parquet", "05_compute_rabc"), params, demos)
+    for arm in (policy.Arm("bc"), policy.Arm("rabc", *weighted)):
         folder = params.paths.write(f"policy/{arm.name}")
         policy.train_arm(arm, params, demos, frames, device, folder)
     return folder

@@ -88,6 +88,7 @@ def write_sources(root: Path) -> None:
             write_json(partial / f"{name}.json", {"path": path, "files": files})
         taken = params.rabc.progress_path and params.paths.resolve(params.rabc.progress_path)
         write_json(partial / "progress.json", {"file": file_digest(taken) if taken and taken.is_file() else None})
+        write_json(partial / "environment.json", describe_environment(root, params.evaluate.environment))
         write_json(partial / "encoder.json", {"encoder": params.prepare.encoder, "identity": identity(params.encoder)})
 
 
@@ -102,6 +103,14 @@ def describe_dataset(params) -> dict[str, Any]:
         "fingerprint": datasets.fingerprint(where) if there else None,
         "splits": read_json(where / "meta/info.json").get("splits") if there else None,
     }
+
+
+def describe_environment(root: Path, name: str | None) -> dict[str, Any]:
+    """The name of the simulator and, of one whose package is in the project, its code."""
+    package = root / (name or "").split(":")[0].split(".")[0] if name and ":" in name else None
+    files = sorted(package.rglob("*.py")) if package and package.is_dir() else []
+    files += [package.with_suffix(".py")] if package and package.with_suffix(".py").is_file() else []
+    return {"environment": name, "files": {f.relative_to(root).as_posix(): file_digest(f) for f in files}}
 
 
 def run(root: Path, name: str) -> None:

@@ -44,7 +44,6 @@ from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
 import sarm_lib.small_pi0  # noqa: F401  (registers the policy type)
-from sarm_lib import rabc
 from sarm_lib.artifacts import (
     PROVENANCE,
     code_digest,
@@ -355,12 +354,6 @@ class Arm:
     name: str
     weights: np.ndarray | None = None  # (N,) float32
     deltas: np.ndarray | None = None  # (N,) float32, only to be logged
-
-
-def arms(params, dataset: Dataset) -> list[Arm]:
-    """The two policies of stage 06: plain BC, and RA-BC with the weights of stage 05."""
-    path = params.paths.read("rabc_weights.parquet", "05_compute_rabc")
-    return [Arm("bc"), Arm("rabc", *rabc.weights_of_rows(path, params, dataset))]
 
 
 class Draws:

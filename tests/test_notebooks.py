@@ -83,7 +83,7 @@ def test_people_s_verdicts_reach_training_and_partly_annotated_datasets_are_scor
     assert set(labels.stage["dense"][demos.episodes[doubtful].rows]) == {0}
     progress = pd.read_parquet(copy / "outputs/sarm_progress.parquet")
     assert set(progress.episode_index) == {e.index for e in demos.episodes}
-    assert progress[["progress_sparse"]].notna().all().all()
+    assert progress[["progress_dense"]].notna().all().all()
 
 
 @pytest.mark.parametrize("mode", ["single_stage", "dense_only"])
@@ -91,7 +91,9 @@ def test_the_chain_runs_in_every_annotation_mode(tmp_path, tiny, tiny_encoder, m
     from sarm_lib.artifacts import read_json
     from tests.conftest import make_project
 
-    project = make_project(tmp_path / "p", tiny, tiny_encoder, {"base.annotation_mode": mode})
+    head = "sparse" if mode == "single_stage" else "dense"
+    overrides = {"base.annotation_mode": mode, "rabc.head_mode": head}
+    project = make_project(tmp_path / "p", tiny, tiny_encoder, overrides)
     for name in chapters():
         run_notebook(project, name)
     heads = {"single_stage": {"sparse"}, "dense_only": {"sparse", "dense"}}[mode]

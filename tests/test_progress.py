@@ -64,7 +64,7 @@ def test_the_file_has_lerobot_s_columns_and_says_what_made_it(parts):
     path = config.paths.read("sarm_progress.parquet", "05")
     schema = pq.read_schema(path)
     assert [(f.name, str(f.type)) for f in schema] == [
-        ("index", "int64"), ("episode_index", "int64"), ("frame_index", "int64"), ("progress_sparse", "float"),
+        ("index", "int64"), ("episode_index", "int64"), ("frame_index", "int64"), ("progress_dense", "float"),
     ]  # fmt: skip
     assert schema.metadata[b"reward_model_path"] == b"outputs/sarm"
     made = artifacts.read_provenance(path)
