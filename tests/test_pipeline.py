@@ -152,8 +152,8 @@ def test_every_output_of_the_design_is_there(repository):
     outputs = repository / "outputs"
     for name in (
         "embeddings", "annotations", "dataset/meta", "sarm/config.json", "sarm/model.safetensors", "figures", "reports",
-        "sarm_progress.parquet", "rabc_weights.parquet", "policy/rabc", "policy/bc",
-        *(f"metrics/{stage}.json" for stage in ("prepare", "annotate", "verify", "sarm", "scorecard", "rabc", "policy")),
+        "sarm_progress.parquet", "rabc_weights.parquet", "episode_ranking.csv", "policy/rabc", "policy/bc",
+        *(f"metrics/{s}.json" for s in ("prepare", "annotate", "verify", "sarm", "scorecard", "rabc", "policy", "evaluate")),
         *(f"reports/{name}.html" for name in chapters()),
     ):  # fmt: skip
         assert (outputs / name).exists(), name
@@ -193,9 +193,9 @@ def test_another_kappa_scores_nothing_again_and_retrains_only_what_uses_the_weig
     params = repository / "params.yaml"
     delta = pd.read_parquet(outputs / "rabc_weights.parquet").delta
     kappa = float(delta[delta > 0].median())  # the tiny model's progress hardly moves: a κ that divides its frames
-    params.write_text(params.read_text().replace("kappa: 0.2", f"kappa: {kappa:.9f}"))
+    params.write_text(params.read_text().replace("kappa: mean", f"kappa: {kappa:.9f}"))
     ran = stages_that_ran(run(repository, "dvc", "repro"))
-    assert ran == ["sources", "05_compute_rabc", "06_train_pi0"]
+    assert ran == ["sources", "05_compute_rabc", "06_train_pi0", "07_evaluate"]
     assert "kept the progress of 135 frames" in page.read_text() and "scored" not in page.read_text()
     assert [written(path) for path in kept] == before and (outputs / "sarm_progress.parquet").read_bytes() == progress
     assert written(outputs / "policy/rabc/provenance.json") > weighted
