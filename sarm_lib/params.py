@@ -195,6 +195,7 @@ class Policy(Section):
     type: str
     pretrained_path: str | None
     config: dict[str, Any]
+    peft: dict[str, Any] | None  # fields of LeRobot's PeftConfig: adapters on a pretrained policy
     chunk_size: Positive
     n_action_steps: Positive
     steps: Positive

@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import io
 import logging
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,7 +28,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from huggingface_hub import hf_hub_download
 from lerobot.common.train_utils import load_training_state, save_checkpoint
 from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
-from lerobot.configs.default import DatasetConfig
+from lerobot.configs.default import DatasetConfig, PeftConfig
 from lerobot.configs.train import TrainPipelineConfig
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.optim import CosineDecayWithWarmupSchedulerConfig
@@ -39,6 +40,8 @@ from lerobot.processor import RenameObservationsProcessorStep
 from lerobot.utils.constants import ACTION, OBS_STATE
 from lerobot.utils.feature_utils import dataset_to_policy_features
 from lerobot.utils.random_utils import set_seed
+from peft import PeftConfig as AdapterConfig
+from peft import PeftModel, set_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
@@ -57,16 +60,17 @@ from sarm_lib.artifacts import (
 )
 from sarm_lib.dataset import Dataset, Episode, fingerprint, rows_of
 from sarm_lib.losses import FLOW_MATCHING, WeightedLoss, gives_sample_losses, per_sample_loss, sample_noise
-from sarm_lib.schedule import learning_rate
+from sarm_lib.schedule import Estimate, learning_rate
 
 log = logging.getLogger(__name__)
 
 CHECKPOINT = Path("checkpoints/last")
-WEIGHTS = "model.safetensors"
+WEIGHTS, ADAPTERS = "model.safetensors", "adapter_model.safetensors"
 CURVE = "curve.json"
 OTHER_STATE = "observation.other_state"
 VALIDATION_FRAMES, VALIDATION_BATCH = 256, 64
 SPOT_CHECKS = 16
+TRIAL_STEPS = 3
 
 
 # --- the policy -----------------------------------------------------------------------------------------------------
@@ -83,8 +87,7 @@ def make(settings, dataset: Dataset, device: str) -> tuple[PreTrainedPolicy, Any
     policy = make_policy(config, ds_meta=dataset.lerobot_metadata)
     overrides = {}
     if settings.pretrained_path:
-        if not config.use_peft:
-            check_weights(policy, settings.pretrained_path)
+        check_weights(policy, settings.pretrained_path)
         normalizer = {"stats": statistics, "norm_map": config.normalization_mapping}
         features = {**config.input_features, **config.output_features}
         overrides = {
@@ -124,6 +127,8 @@ def make_config(settings, device: str) -> PreTrainedConfig:
         raise ValueError(
             f"policy.n_action_steps: {settings.n_action_steps} of a chunk of {settings.chunk_size} (policy.chunk_size) actions"
         )
+    if settings.peft is not None and not settings.pretrained_path:
+        raise ValueError("policy.peft: adapters change a pretrained policy; name one (policy.pretrained_path)")
     fields = {field.name for field in dataclasses.fields(types[settings.type]) if field.init}
     for name in settings.config:
         if name not in fields:
@@ -138,6 +143,26 @@ def make_config(settings, device: str) -> PreTrainedConfig:
         pretrained_path=Path(settings.pretrained_path) if settings.pretrained_path else None,
         **settings.config,
     )
+
+
+def adapted(policy: PreTrainedPolicy, settings) -> PreTrainedPolicy | PeftModel:
+    """What is trained and saved: the policy itself or, with `policy.peft`, the adapters that LeRobot puts into it.
+
+    The policy computes with them from now on; its own weights are frozen.
+    """
+    if settings.peft is None:
+        return policy
+    return policy.wrap_with_peft(peft_cli_overrides=dataclasses.asdict(peft_config(settings)))
+
+
+def peft_config(settings) -> PeftConfig | None:
+    """`policy.peft` as LeRobot's configuration. Raises ValueError for a field it does not have."""
+    fields = {field.name for field in dataclasses.fields(PeftConfig)}
+    if unknown := set(settings.peft or {}) - fields:
+        raise ValueError(
+            f"policy.peft: LeRobot has no {', '.join(sorted(unknown))}; it has {', '.join(sorted(fields))}"
+        )
+    return None if settings.peft is None else PeftConfig(**settings.peft)
 
 
 def input_features(dataset: Dataset) -> dict[str, PolicyFeature]:
@@ -403,6 +428,7 @@ def train_arm(
         return read_json(folder / CURVE)
     torch.manual_seed(seed)
     policy, preprocessor, postprocessor = make(settings, dataset, device)
+    saved = adapted(policy, settings)
     trainable = [p for p in policy.parameters() if p.requires_grad]
     preset = policy.config.get_optimizer_preset()
     optimizer = preset.build(trainable)
@@ -414,7 +440,7 @@ def train_arm(
     accelerator = make_accelerator(settings, device)
     model, optimizer = accelerator.prepare(WeightedLoss(policy, params.rabc.epsilon, settings.noise_draws), optimizer)
     config = _train_config(settings, dataset, policy, arm, seed)
-    step, curve = _resume(work, policy, optimizer, scheduler)
+    step, curve = _resume(work, saved, optimizer, scheduler)
 
     parts, size = settings.accumulate * accelerator.num_processes, settings.batch_size
     mine = range(accelerator.process_index, parts, accelerator.num_processes)
@@ -455,20 +481,58 @@ def train_arm(
             bar.set_postfix(loss=f"{curve[-1]['loss']:.4f}")
         if step % settings.save_every == 0 and step < settings.steps and accelerator.is_main_process:
             with staged(work / CHECKPOINT) as partial:
-                save_checkpoint(partial, step, config, policy, optimizer, scheduler, preprocessor, postprocessor)
+                save_checkpoint(partial, step, config, saved, optimizer, scheduler, preprocessor, postprocessor)
                 write_json(partial / CURVE, curve)
     bar.close()
     set_seed(seed)  # the state of Python's generators is saved too, and is another one in every process
     if accelerator.is_main_process:
         with staged(folder) as partial:
             save_checkpoint(
-                partial / CHECKPOINT, step, config, policy, optimizer, scheduler, preprocessor, postprocessor
+                partial / CHECKPOINT, step, config, saved, optimizer, scheduler, preprocessor, postprocessor
             )
             write_json(partial / CURVE, curve)
             write_json(partial / PROVENANCE, made_from)
         remove(work)
     accelerator.wait_for_everyone()
     return curve
+
+
+def estimate(params, dataset: Dataset, frames: CachedFrames | StreamedFrames, device: str) -> Estimate:
+    """Memory and time of training one arm, by steps that are thrown away. Of several processes, each takes this much."""
+    settings = params.policy
+    policy, preprocessor, _ = make(settings, dataset, device)
+    adapted(policy, settings)
+    trainable = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = policy.config.get_optimizer_preset().build(trainable)
+    loss = WeightedLoss(policy, params.rabc.epsilon, settings.noise_draws).train()
+    draws = Draws(rows_of(dataset.split("train")), None, False, 0)
+    batches = frames.batches(draws.at(i, settings.batch_size) for i in range(TRIAL_STEPS))
+    held = {p.untyped_storage().data_ptr() for p in policy.parameters()}
+    kept: dict[int, int] = {}  # address of what the backward pass needs -> bytes
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in held:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    accelerator, seconds, start = make_accelerator(settings, device), [], time.perf_counter()
+    for step, batch in enumerate(batches):
+        noise = _noise(policy, settings, 0, step, 0, 1, accelerator.device)
+        watched = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+        with accelerator.autocast(), watched if step == 0 else contextlib.nullcontext():
+            value = loss(preprocessor(batch), None, None, 1, *noise)
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+        start = time.perf_counter()
+    bytes_of = lambda parameters: sum(p.numel() * p.element_size() for p in parameters)  # noqa: E731
+    memory = bytes_of(policy.parameters()) + 3 * bytes_of(trainable) + sum(kept.values())
+    count = sum(p.numel() for p in trainable)
+    return Estimate(count, memory, settings.accumulate * min(seconds[1:]), settings.steps)
 
 
 def make_accelerator(settings, device: str) -> Accelerator:
@@ -551,20 +615,28 @@ def load(folder: Path, device: str) -> tuple[PreTrainedPolicy, Any, Any]:
     path = folder / CHECKPOINT / "pretrained_model"
     config = PreTrainedConfig.from_pretrained(path)
     config.pretrained_path, config.device = path, device
+    adapters = AdapterConfig.from_pretrained(path) if config.use_peft else None
+    source = {"revision": adapters.revision} if adapters else {}
+    base = adapters.base_model_name_or_path if adapters else path
     with contextlib.redirect_stdout(io.StringIO()):  # LeRobot prints that it loads
-        policy = get_policy_class(config.type).from_pretrained(path, config=config).to(device).eval()
-    if not config.use_peft:
-        check_weights(policy, path)
+        policy = get_policy_class(config.type).from_pretrained(base, config=config, **source)
+    check_weights(policy, base)
+    if adapters:
+        policy = PeftModel.from_pretrained(policy, path, config=adapters).get_base_model()
+    policy = policy.to(device).eval()
     overrides = {"device_processor": {"device": device}}
     return policy, *make_pre_post_processors(config, pretrained_path=str(path), preprocessor_overrides=overrides)
 
 
-def _resume(work: Path, policy, optimizer, scheduler) -> tuple[int, list[dict[str, float]]]:
+def _resume(work: Path, saved, optimizer, scheduler) -> tuple[int, list[dict[str, float]]]:
     checkpoint = work / CHECKPOINT
     if not checkpoint.exists():
         return 0, []
-    weights = load_file(checkpoint / "pretrained_model" / WEIGHTS)
-    policy.load_state_dict(weights, strict=False)  # tied weights are stored once
+    if isinstance(saved, PeftModel):
+        set_peft_model_state_dict(saved, load_file(checkpoint / "pretrained_model" / ADAPTERS))
+    else:
+        weights = load_file(checkpoint / "pretrained_model" / WEIGHTS)
+        saved.load_state_dict(weights, strict=False)  # tied weights are stored once
     step, _, _ = load_training_state(checkpoint, optimizer, scheduler)
     log.info("resuming at step %d", step)
     return step, read_json(checkpoint / CURVE)
@@ -580,6 +652,7 @@ def _train_config(settings, dataset: Dataset, policy, arm: Arm, seed: int) -> Tr
             video_backend="pyav",  # runs everywhere; LeRobot's default asks the machine
         ),
         policy=policy.config,
+        peft=peft_config(settings),
         optimizer=dataclasses.replace(policy.config.get_optimizer_preset(), lr=peak),
         scheduler=CosineDecayWithWarmupSchedulerConfig(
             num_warmup_steps=settings.warmup_steps, num_decay_steps=settings.steps, peak_lr=peak, decay_lr=peak / 10

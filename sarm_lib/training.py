@@ -28,7 +28,7 @@ from sarm_lib.dataset import Dataset, Episode
 from sarm_lib.encoder import Embeddings, Encoder
 from sarm_lib.model import Sarm, SarmSpec
 from sarm_lib.progress import frame_store, score
-from sarm_lib.schedule import learning_rate
+from sarm_lib.schedule import Estimate, learning_rate
 from sarm_lib.stages import Labels, progress
 from sarm_lib.windows import FrameStore, Windows, WindowSpec
 
@@ -263,22 +263,6 @@ def provenance(params, dataset: Dataset, embeddings: Embeddings, labels: Labels)
         "settings": params.sarm.model_dump(),
         "code": code_digest("training"),
     }
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What training will take, measured with a few steps that are thrown away."""
-
-    parameters: int
-    memory: float  # bytes: weights, gradients, AdamW's moments, activations
-    seconds_per_step: float
-    steps: int
-
-    def __str__(self) -> str:
-        return (
-            f"{self.parameters:,} parameters, about {self.memory / 1e9:.1f} GB of memory, "
-            f"{self.seconds_per_step:.2f} s a step: {self.seconds_per_step * self.steps / 60:.1f} minutes for {self.steps} steps"
-        )
 
 
 def estimate(sarm: Sarm, sampler: Sampler, settings, device: str) -> Estimate:

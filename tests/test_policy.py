@@ -11,12 +11,15 @@ from lerobot.common.train_utils import load_training_state
 from lerobot.configs import PreTrainedConfig, parser
 from lerobot.configs.train import TrainPipelineConfig
 from lerobot.optim.factory import make_optimizer_and_scheduler
-from lerobot.policies import make_pre_post_processors
+from lerobot.policies import make_policy, make_pre_post_processors
 from lerobot.policies.pi0.modeling_pi0 import PI0Policy
+from lerobot.scripts import lerobot_train
+from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from sarm_lib import losses, policy
+from sarm_lib import lerobot_io, losses, policy
+from sarm_lib.dataset import fingerprint
 from sarm_lib.small_pi0 import SmallPI0Policy
 from tests.conftest import launch
 
@@ -383,3 +386,94 @@ def test_accumulated_batches_are_one_large_batch(in_project, frames, tmp_path, m
         )
     for left, right in zip(*curves, strict=True):
         assert left == pytest.approx(right, rel=1e-4)
+
+
+def test_adapters_are_trained_and_saved_alone(in_project, frames, tmp_path, monkeypatch):
+    """`policy.peft`: LeRobot's LoRA on a pretrained policy, resumed like any other."""
+    config, dataset = in_project
+    path = config.paths.read("policy/bc", "06") / "checkpoints/last/pretrained_model"
+    base = SmallPI0Policy.from_pretrained(path)
+    before = {key: value.clone() for key, value in base.state_dict().items()}
+    changes = {"pretrained_path": str(path), "peft": {"r": 2, "lora_alpha": 4}}
+    params = config.model_copy(update={"policy": config.policy.model_copy(update=changes)})
+    monkeypatch.setattr(type(config.paths), "write", lambda _, name: tmp_path / name)
+    saving, saved = policy.save_checkpoint, []
+
+    def stop_after_the_second_save(*args):
+        saving(*args)
+        saved.append(args[1])
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+
+    whole = policy.train_arm(policy.Arm("bc"), params, dataset, frames, "cpu", tmp_path / "whole")
+    monkeypatch.setattr(policy, "save_checkpoint", stop_after_the_second_save)
+    with pytest.raises(KeyboardInterrupt):
+        policy.train_arm(policy.Arm("bc"), params, dataset, frames, "cpu", tmp_path / "stopped")
+    monkeypatch.setattr(policy, "save_checkpoint", saving)
+    assert policy.train_arm(policy.Arm("bc"), params, dataset, frames, "cpu", tmp_path / "stopped") == whole
+
+    folder = tmp_path / "stopped/checkpoints/last/pretrained_model"
+    assert (folder / "adapter_model.safetensors").exists() and not (folder / "model.safetensors").exists()
+    loaded, preprocess, _ = policy.load(tmp_path / "stopped", "cpu")
+    theirs = make_policy(
+        PreTrainedConfig.from_pretrained(folder, cli_overrides=[f"--pretrained_path={folder}"]),
+        ds_meta=dataset.lerobot_metadata,
+    )
+    assert isinstance(theirs, PeftModel), "LeRobot takes it for adapters"
+    batch, noise = preprocess(frames.batch(some_rows(dataset))), {}
+    for name, which in (("ours", loaded), ("lerobot's", theirs.get_base_model()), ("base", base)):
+        torch.manual_seed(1)
+        noise[name] = losses.per_sample_loss(which.eval(), batch)
+    torch.testing.assert_close(noise["ours"], noise["lerobot's"])
+    assert not torch.allclose(noise["ours"], noise["base"])
+    trained = dict(loaded.named_parameters())
+    frozen = [key.replace(".base_layer", "") for key in trained if "lora" not in key]
+    assert sorted(frozen) == sorted(dict(base.named_parameters()))
+    assert all(
+        torch.equal(before[key.replace(".base_layer", "")], value)
+        for key, value in trained.items()
+        if "lora" not in key
+    )
+
+
+def test_adapters_need_a_policy_and_known_fields(in_project, tmp_path):
+    config, _ = in_project
+    with pytest.raises(ValueError, match="policy.peft: adapters change a pretrained policy"):
+        policy.make_config(config.policy.model_copy(update={"peft": {"r": 2}}), "cpu")
+    with pytest.raises(ValueError, match="policy.peft: LeRobot has no rank; it has .*lora_alpha"):
+        policy.peft_config(config.policy.model_copy(update={"peft": {"rank": 2}}))
+
+
+@pytest.mark.parametrize("changes", [{}, {"accumulate": 3}, {"type": "act", "config": ACT, "weighting": "sampling"}])
+def test_an_estimate_counts_what_is_trained(in_project, changes):
+    config, dataset = in_project
+    params = config.model_copy(update={"policy": config.policy.model_copy(update=changes)})
+    frames = policy.frames_for(params.policy, dataset, ("train",), "cpu")
+    found = policy.estimate(params, dataset, frames, "cpu")
+    made, *_ = policy.make(params.policy, dataset, "cpu")
+    assert found.parameters == sum(p.numel() for p in made.parameters() if p.requires_grad)
+    assert found.memory > 16 * found.parameters and found.seconds_per_step > 0 and found.steps == params.policy.steps
+    twice = {**changes, "batch_size": 2 * params.policy.batch_size}
+    larger = config.model_copy(update={"policy": config.policy.model_copy(update=twice)})
+    more = policy.estimate(larger, dataset, frames, "cpu").memory - found.memory
+    assert more == pytest.approx(found.memory - 16 * found.parameters, rel=0.15), "activations grow with the batch"
+
+
+def test_lerobot_s_training_takes_our_progress(in_project, tmp_path, monkeypatch, caplog):
+    """`lerobot-train` on the annotated dataset, with the file where it looks for it."""
+    config, dataset = in_project
+    root = tmp_path / "dataset"
+    shutil.copytree(config.paths.read("dataset", "02"), root)
+    lerobot_io.export_progress(config.paths.read("sarm_progress.parquet", "05"), root, fingerprint(root))
+    fields = [f"--policy.{key}={json.dumps(value)}" for key, value in config.policy.config.items()]
+    arguments = [
+        "lerobot-train", f"--dataset.repo_id={dataset.lerobot_metadata.repo_id}", f"--dataset.root={root}", "--dataset.video_backend=pyav",
+        "--policy.discover_packages_path=sarm_lib.small_pi0", "--policy.type=small_pi0", "--policy.device=cpu", "--policy.push_to_hub=false",
+        "--policy.chunk_size=4", "--policy.n_action_steps=2", *fields, f"--output_dir={tmp_path / 'out'}", "--steps=3", "--log_freq=1",
+        "--batch_size=4", "--num_workers=0", "--sample_weighting.type=rabc", "--sample_weighting.head_mode=dense", "--sample_weighting.kappa=0.1",
+    ]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", arguments)
+    lerobot_train.train()
+    weights = json.loads((tmp_path / "out/checkpoints/last/pretrained_model/train_config.json").read_text())
+    assert weights["sample_weighting"]["kappa"] == 0.1
+    assert (tmp_path / "out/checkpoints/last/pretrained_model/model.safetensors").exists()
