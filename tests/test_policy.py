@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from sarm_lib import lerobot_io, losses, policy
 from sarm_lib.dataset import fingerprint
 from sarm_lib.small_pi0 import SmallPI0Policy
+from tests import tiny_policies
 from tests.conftest import launch
 
 
@@ -477,3 +478,46 @@ def test_lerobot_s_training_takes_our_progress(in_project, tmp_path, monkeypatch
     weights = json.loads((tmp_path / "out/checkpoints/last/pretrained_model/train_config.json").read_text())
     assert weights["sample_weighting"]["kappa"] == 0.1
     assert (tmp_path / "out/checkpoints/last/pretrained_model/model.safetensors").exists()
+
+
+def learns_and_acts(config, dataset, folder, changes):
+    """A policy through the same lines as π0: its loss weighted, saved, loaded, acting."""
+    params = config.model_copy(update={"policy": config.policy.model_copy(update={"steps": 2, **changes})})
+    cached = policy.frames_for(params.policy, dataset, ("train",), "cpu")
+    weights = np.linspace(0, 1, dataset.num_frames, dtype=np.float32)
+    curve = policy.train_arm(policy.Arm("rabc", weights), params, dataset, cached, "cpu", folder)
+    loaded, before, after = policy.load(folder, "cpu")
+    batch = before(cached.batch(some_rows(dataset)))
+    with torch.no_grad():
+        torch.manual_seed(5)
+        ours = losses.per_sample_loss(loaded, batch)
+        torch.manual_seed(5)
+        theirs = loaded.forward(dict(batch), reduction="none")[0]
+    observation = {key: value for key, value in before(cached.batch(some_rows(dataset, 1))).items() if key != "action"}
+    assert np.isfinite(curve[-1]["loss"]) and after(loaded.select_action(observation)).shape == (1, 2)
+    return ours, theirs, ~batch["action_is_pad"].any(1)
+
+
+def test_smolvla_takes_weights(in_project, tmp_path, monkeypatch):
+    config, dataset = in_project
+    monkeypatch.setattr(type(config.paths), "write", lambda _, name: tmp_path / name)
+    sizes = {
+        "vlm_model_name": str(tiny_policies.make_smolvlm(tmp_path / "vlm")),
+        "load_vlm_weights": True,
+        "num_vlm_layers": 2,
+    }
+    fields = {**sizes, "resize_imgs_with_padding": [32, 32], "tokenizer_max_length": 8, "expert_width_multiplier": 0.5}
+    ours, theirs, _ = learns_and_acts(config, dataset, tmp_path / "p", {"type": "smolvla", "config": fields})
+    torch.testing.assert_close(ours, theirs, msg="its own loss knows padded actions")
+
+
+@pytest.mark.parametrize("draws", [1, 3])
+def test_pi05_takes_weights_and_several_noises(in_project, tmp_path, monkeypatch, draws):
+    config, dataset = in_project
+    monkeypatch.setattr(type(config.paths), "write", lambda _, name: tmp_path / name)
+    tiny_policies.shrink_pi05(monkeypatch)
+    fields = {"image_resolution": [32, 32], "tokenizer_max_length": 64}
+    changes = {"type": "pi05", "config": fields, "noise_draws": draws}
+    ours, theirs, whole = learns_and_acts(config, dataset, tmp_path / "p", changes)
+    torch.testing.assert_close(ours[whole], theirs[whole])
+    assert whole.any() and not whole.all() and not torch.allclose(ours[~whole], theirs[~whole])
