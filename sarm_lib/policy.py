@@ -573,6 +573,11 @@ def _noise(policy, settings, seed: int, step: int, part: int, parts: int, device
     return ()
 
 
+def is_trained(arm: Arm, params, dataset: Dataset, folder: Path) -> bool:
+    """Whether `folder` holds this arm, trained from these data, weights and settings."""
+    return is_current(folder, provenance(arm, params, dataset, params.base.seed))
+
+
 def provenance(arm: Arm, params, dataset: Dataset, seed: int) -> dict[str, Any]:
     """Everything that a trained arm is made from."""
     return {

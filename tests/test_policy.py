@@ -439,9 +439,9 @@ def test_adapters_are_trained_and_saved_alone(in_project, frames, tmp_path, monk
 
 def test_adapters_need_a_policy_and_known_fields(in_project, tmp_path):
     config, _ = in_project
-    with pytest.raises(ValueError, match="policy.peft: adapters change a pretrained policy"):
+    with pytest.raises(ValueError, match=r"policy\.peft: adapters change a pretrained policy"):
         policy.make_config(config.policy.model_copy(update={"peft": {"r": 2}}), "cpu")
-    with pytest.raises(ValueError, match="policy.peft: LeRobot has no rank; it has .*lora_alpha"):
+    with pytest.raises(ValueError, match=r"policy\.peft: LeRobot has no rank; it has .*lora_alpha"):
         policy.peft_config(config.policy.model_copy(update={"peft": {"rank": 2}}))
 
 
