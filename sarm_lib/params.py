@@ -205,6 +205,7 @@ class Policy(Section):
     noise_draws: Positive  # of π0: noises tried on each frame of a batch
     learning_rate: Rate
     warmup_steps: Annotated[int, Field(ge=0)]
+    ema_decay: Annotated[float, Field(ge=0, lt=1)]  # of the average of the weights that is kept and acts; 0 for none
     precision: Literal["auto", "fp32", "bf16"]
     cache_frames: bool  # hold all frames in memory at the policy's resolution
     num_workers: Annotated[int, Field(ge=0)]

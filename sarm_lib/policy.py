@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
+from diffusers.training_utils import EMAModel
 from huggingface_hub import hf_hub_download
 from lerobot.common.train_utils import load_training_state, save_checkpoint
 from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
@@ -43,7 +44,8 @@ from lerobot.utils.random_utils import set_seed
 from peft import PeftConfig as AdapterConfig
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch import nn
 from tqdm.auto import tqdm
 
 import sarm_lib.small_pi0  # noqa: F401  (registers the policy type)
@@ -66,7 +68,7 @@ log = logging.getLogger(__name__)
 
 CHECKPOINT = Path("checkpoints/last")
 WEIGHTS, ADAPTERS = "model.safetensors", "adapter_model.safetensors"
-CURVE = "curve.json"
+CURVE, LIVE = "curve.json", "live.safetensors"
 OTHER_STATE = "observation.other_state"
 VALIDATION_FRAMES, VALIDATION_BATCH = 256, 64
 SPOT_CHECKS = 16
@@ -406,6 +408,46 @@ class Draws:
         return self.rows[np.searchsorted(self.cumulative, uniform, side="right")]
 
 
+class Average:
+    """The moving average of a policy's trained weights, which is what is kept and acts. decay: 0 keeps the last ones."""
+
+    def __init__(self, trainable: list[nn.Parameter], decay: float) -> None:
+        self.trainable = trainable
+        self.ema = EMAModel(trainable, decay=decay) if decay else None
+
+    def update(self) -> None:
+        if self.ema:
+            self.ema.step(self.trainable)
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The average in the place of the weights that learn."""
+        if not self.ema:
+            yield
+            return
+        self.ema.store(self.trainable)
+        self.ema.copy_to(self.trainable)
+        try:
+            yield
+        finally:
+            self.ema.restore(self.trainable)
+
+    def save_live(self, path: Path) -> None:
+        """The weights that learn, beside a checkpoint that holds their average."""
+        if self.ema:
+            save_file({str(i): p.detach() for i, p in enumerate(self.trainable)}, path)
+
+    def resume(self, path: Path, step: int) -> None:
+        """Take the weights in place for the average, and those of `path` for the ones that learn."""
+        if self.ema:
+            self.ema.shadow_params = [p.detach().clone() for p in self.trainable]
+            self.ema.optimization_step = step
+            live = load_file(path)
+            with torch.no_grad():
+                for i, parameter in enumerate(self.trainable):
+                    parameter.copy_(live[str(i)])
+
+
 def train_arm(
     arm: Arm,
     params,
@@ -440,7 +482,8 @@ def train_arm(
     accelerator = make_accelerator(settings, device)
     model, optimizer = accelerator.prepare(WeightedLoss(policy, params.rabc.epsilon, settings.noise_draws), optimizer)
     config = _train_config(settings, dataset, policy, arm, seed)
-    step, curve = _resume(work, saved, optimizer, scheduler)
+    average = Average(trainable, settings.ema_decay)
+    step, curve = _resume(work, saved, optimizer, scheduler, average)
 
     parts, size = settings.accumulate * accelerator.num_processes, settings.batch_size
     mine = range(accelerator.process_index, parts, accelerator.num_processes)
@@ -472,6 +515,7 @@ def train_arm(
         accelerator.clip_grad_norm_(trainable, preset.grad_clip_norm)
         optimizer.step()
         scheduler.step()
+        average.update()
         step += 1
         bar.update()
         running.append({"loss": accelerator.reduce(step_loss, "mean").item(), **batch_statistics(arm, rows.ravel())})
@@ -481,12 +525,14 @@ def train_arm(
             bar.set_postfix(loss=f"{curve[-1]['loss']:.4f}")
         if step % settings.save_every == 0 and step < settings.steps and accelerator.is_main_process:
             with staged(work / CHECKPOINT) as partial:
-                save_checkpoint(partial, step, config, saved, optimizer, scheduler, preprocessor, postprocessor)
+                with average.in_place():
+                    save_checkpoint(partial, step, config, saved, optimizer, scheduler, preprocessor, postprocessor)
+                average.save_live(partial / LIVE)
                 write_json(partial / CURVE, curve)
     bar.close()
     set_seed(seed)  # the state of Python's generators is saved too, and is another one in every process
     if accelerator.is_main_process:
-        with staged(folder) as partial:
+        with staged(folder) as partial, average.in_place():
             save_checkpoint(
                 partial / CHECKPOINT, step, config, saved, optimizer, scheduler, preprocessor, postprocessor
             )
@@ -633,7 +679,7 @@ def load(folder: Path, device: str) -> tuple[PreTrainedPolicy, Any, Any]:
     return policy, *make_pre_post_processors(config, pretrained_path=str(path), preprocessor_overrides=overrides)
 
 
-def _resume(work: Path, saved, optimizer, scheduler) -> tuple[int, list[dict[str, float]]]:
+def _resume(work: Path, saved, optimizer, scheduler, average: Average) -> tuple[int, list[dict[str, float]]]:
     checkpoint = work / CHECKPOINT
     if not checkpoint.exists():
         return 0, []
@@ -643,6 +689,7 @@ def _resume(work: Path, saved, optimizer, scheduler) -> tuple[int, list[dict[str
         weights = load_file(checkpoint / "pretrained_model" / WEIGHTS)
         saved.load_state_dict(weights, strict=False)  # tied weights are stored once
     step, _, _ = load_training_state(checkpoint, optimizer, scheduler)
+    average.resume(checkpoint / LIVE, step)
     log.info("resuming at step %d", step)
     return step, read_json(checkpoint / CURVE)
 

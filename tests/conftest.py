@@ -167,6 +167,7 @@ TINY = {
     "evaluate.reference_group": None,
     "policy.config": {
         "image_resolution": [32, 32],
+        "stem": [8, 8, 16],
         "depth": 1,
         "vision_depth": 1,
         "vision_width": 16,

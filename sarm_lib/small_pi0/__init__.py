@@ -2,14 +2,16 @@
 
 The architecture, the flow-matching loss and the sampling are `PI0Policy`'s; only the sizes of the towers come from the
 configuration instead of being Gemma's and SigLIP's, the weights start at random, and the tokenizer is a byte-level BPE
-of the dataset's own task texts, kept in the processor's configuration: a checkpoint needs nothing from the Hub.
+of the dataset's own task texts, kept in the processor's configuration: a checkpoint needs nothing from the Hub. Because
+nothing is pretrained, SigLIP's transformer looks at the output of a few convolutions instead of raw patches: it then
+learns from thousands of frames instead of millions (Xiao et al. 2021, "Early convolutions help transformers see better").
 
 LeRobot finds the policy and its processors in this module by its naming rules; `import sarm_lib.small_pi0` registers
 the type (on LeRobot's command line: `--policy.discover_packages_path=sarm_lib.small_pi0`, which takes packages only:
 hence the folder).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies.pi0.configuration_pi0 import PI0Config
@@ -38,15 +40,36 @@ HEADS = 8  # LeRobot's π0 computes attention with 8 heads, whatever its configu
 class SmallPI0Config(PI0Config):
     """π0's configuration with the sizes of its towers."""
 
-    image_resolution: tuple[int, int] = (64, 64)
+    image_resolution: tuple[int, int] = (128, 128)
     tokenizer_max_length: int = 24
-    patch_size: int = 16
+    stem: list[int] = field(default_factory=lambda: [32, 64, 96, 128])  # channels of its convolutions, multiples of 8
     vision_width: int = 128
     vision_depth: int = 4
     head_dim: int = 16  # of 8 heads, shared by both experts
     depth: int = 4  # layers of both experts
     vlm_width: int = 128
     expert_width: int = 128
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels, of a side, that an image token stands for: the first convolution takes 4 x 4, each other one halves."""
+        return 2 ** (len(self.stem) + 1)
+
+
+class Stem(nn.Sequential):
+    """Convolutions from images (B, 3, H, W) to tokens (B, width, H / patch_size, W / patch_size)."""
+
+    def __init__(self, channels: list[int], width: int) -> None:
+        layers: list[nn.Module] = []
+        for before, after in zip([3, *channels[:-1]], channels, strict=True):
+            shape = {"kernel_size": 3, "stride": 2, "padding": 1} if layers else {"kernel_size": 4, "stride": 4}
+            layers += [nn.Conv2d(before, after, **shape), nn.GroupNorm(max(1, after // 8), after), nn.SiLU()]
+        super().__init__(*layers, nn.Conv2d(channels[-1], width, 1))
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """SigLIP casts images to the type of its patch projection's weight."""
+        return self[-1].weight
 
 
 class SmallPaliGemmaWithExpert(PaliGemmaWithExpertModel):
@@ -91,6 +114,9 @@ class SmallPaliGemmaWithExpert(PaliGemmaWithExpertModel):
             hidden_size=config.expert_width, intermediate_size=4 * config.expert_width, **gemma
         )
         self.paligemma = PaliGemmaForConditionalGenerationWithPiGemma(config=paligemma)
+        self.paligemma.model.vision_tower.vision_model.embeddings.patch_embedding = Stem(
+            config.stem, config.vision_width
+        )
         self.gemma_expert = PiGemmaForCausalLM(config=expert)
         self.gemma_expert.model.embed_tokens = None
         self.to_bfloat16_for_selected_params(config.dtype)
