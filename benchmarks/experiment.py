@@ -34,10 +34,10 @@ STARTS = {"tune": range(50_000, 50_050), "test": range(60_000, 60_100)}  # seeds
 RESULTS = Path(__file__).with_suffix(".json")
 POLICY = {  # beside params.yaml's: the same for every arm
     "policy.weighting": "sampling",
-    "policy.steps": 6000,
-    "policy.warmup_steps": 200,
-    "policy.save_every": 1000,
-    "policy.log_every": 100,
+    "policy.steps": 2500,
+    "policy.warmup_steps": 100,
+    "policy.save_every": 500,
+    "policy.log_every": 50,
 }
 ENVIRONMENTS = 20  # that act together
 
