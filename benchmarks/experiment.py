@@ -34,7 +34,7 @@ STARTS = {"tune": range(50_000, 50_050), "test": range(60_000, 60_100)}  # seeds
 RESULTS = Path(__file__).with_suffix(".json")
 POLICY = {  # beside params.yaml's: the same for every arm
     "policy.weighting": "sampling",
-    "policy.steps": 2500,
+    "policy.steps": 2000,
     "policy.warmup_steps": 100,
     "policy.save_every": 500,
     "policy.log_every": 50,
