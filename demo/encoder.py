@@ -58,11 +58,12 @@ def train_tokenizer(texts: list[str], folder: Path) -> CLIPTokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
         vocab_size=1024,
-        initial_alphabet=[*alphabet, *(f"{letter}</w>" for letter in alphabet)],
-        special_tokens=[BOS, EOS],
+        initial_alphabet=alphabet,
+        # Among them, letters that end a word have a place; the trainer itself takes them in the order of a hash table.
+        special_tokens=[BOS, EOS, *(f"{letter}</w>" for letter in alphabet)],
         end_of_word_suffix="</w>",
         show_progress=False,
     )

@@ -1,11 +1,15 @@
-"""The notebooks as pages: their form, and what an override does. Their run under nbval is in `test_pipeline`."""
+"""The notebooks as pages: their form, what an override does, and what nbval notices. Their run under nbval is in `test_pipeline`."""
 
 import ast
+import re
+import shutil
 import statistics
+import subprocess
 
 import nbformat
 import pytest
 
+from tests import pages
 from tests.conftest import ROOT, chapters, run_notebook
 
 
@@ -32,6 +36,31 @@ def test_a_page_has_the_form_of_a_page(name):
 def test_the_parameters_cell_holds_the_file_and_the_overrides_only(name):
     tagged = [cell for cell in code_cells(name) if "parameters" in cell.metadata.get("tags", [])]
     assert [cell.source for cell in tagged] == ['params_file = "params.yaml"\noverrides = {}']
+
+
+CHANGES = {  # a metric, the columns of a table, a widget
+    "**statistics,": '**statistics | {"mean_weight": statistics["mean_weight"] + 0.02},',
+    "ranking.head(8)": "ranking.rename(columns={'seconds': 'duration'}).head(8)",
+    "kappa.KappaExplorer(": "print(",
+}
+
+
+def test_nbval_notices_a_metric_a_table_and_a_widget_that_changed(tmp_path, project):
+    """Each change is made in the code, and the cells that show it fail, and no others."""
+    copy = shutil.copytree(project, tmp_path / "p", symlinks=True)
+    pages.expect(copy)
+    (copy / "outputs/sarm_progress.parquet").unlink()  # what is there already is not said again
+    path = copy / "notebooks/05_compute_rabc.ipynb"
+    page, changed = nbformat.read(path, as_version=4), set()
+    for old, new in CHANGES.items():
+        (cell,) = [cell for cell in page.cells if cell.cell_type == "code" and old in cell.source]
+        changed.add(page.cells.index(cell))
+        cell.source = cell.source.replace(old, new)
+    nbformat.write(page, path)
+    done = subprocess.run(pages.nbval(path.name), cwd=copy / "notebooks", capture_output=True, text=True)
+    failed = {int(i) for i in re.findall(r"^FAILED .*::Cell (\d+)", done.stdout, re.MULTILINE)}
+    code = [i for i, cell in enumerate(page.cells) if cell.cell_type == "code"]
+    assert {code[i] for i in failed} == changed, done.stdout[-5000:]
 
 
 def test_an_override_writes_to_scratch_and_leaves_the_outputs_alone(tmp_path, project):

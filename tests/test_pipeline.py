@@ -18,6 +18,7 @@ from sarm_lib import pipeline
 from sarm_lib.artifacts import import_closure, imported_modules, module_path, read_json
 from sarm_lib.params import load
 from sarm_lib.pipeline import SMOKE, code_of
+from tests import pages
 from tests.conftest import ROOT, chapters, make_project
 from tests.test_reproducible import digests
 
@@ -94,19 +95,10 @@ def test_splits_are_part_of_what_a_dataset_is(tmp_path, tiny, tiny_encoder):
 def nbval(tmp_path_factory, tiny, tiny_encoder):
     """Every notebook under nbval in a tiny project; it runs beside `dvc repro`, for both are mostly waiting for imports."""
     folder = make_project(tmp_path_factory.mktemp("nbval") / "p", tiny, tiny_encoder)
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "--nbval-lax",
-        "--nbval-cell-timeout=600",
-    ]
+    pages.expect(folder)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with (folder / "nbval.txt").open("w") as output:
-        process = subprocess.Popen([*command, "notebooks"], cwd=folder, stdout=output, stderr=output, env=environment)
+        process = subprocess.Popen(pages.nbval("notebooks"), cwd=folder, stdout=output, stderr=output, env=environment)
     yield process, folder / "nbval.txt"
     process.kill()
 
@@ -140,7 +132,7 @@ def written(path: Path) -> int:
     return path.stat().st_mtime_ns
 
 
-def test_every_notebook_runs_under_nbval(repository, nbval):
+def test_every_notebook_says_under_nbval_what_is_stored(repository, nbval):
     process, output = nbval
     assert process.wait(timeout=900) == 0, output.read_text()[-6000:]
     notebooks = [nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4) for name in chapters()]
