@@ -1,6 +1,7 @@
 # make repro   run the whole pipeline          make test    run all tests
 # make lab     open the notebooks              make smoke   ten episodes of your dataset through every notebook
 # make lint    check style                     make lock    renew requirements.lock
+# make pages   store anew what the notebooks say, against which the tests compare them (then: git diff tests/expected)
 # make scorecard   train and measure the ablations of SARM (about half an hour)
 # make experiment   policies with and without the weights, and every control, in the simulator (hours; resumable; needs OpenGL)
 # make bench   speed beside LeRobot's own code, memory, and what half precision changes (half an hour)
@@ -9,7 +10,7 @@
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: env data repro test lab smoke lint lock demo scorecard bench experiment clean
+.PHONY: env data repro test pages lab smoke lint lock demo scorecard bench experiment clean
 
 VENV := .venv
 BIN := $(abspath $(VENV))/bin
@@ -26,6 +27,9 @@ repro: data
 
 test: data
 	python -m pytest -n auto --maxprocesses 4 --dist loadscope
+
+pages: env
+	python -m tests.pages
 
 lab: data
 	jupyter lab notebooks

@@ -1,6 +1,6 @@
 """What every notebook says on the tiny dataset: stored pages, against which nbval compares each run.
 
-    python -m tests.pages        # renew them, then read `git diff tests/expected`
+    make pages        # renew them, then read `git diff tests/expected`
 
 A stored page holds a notebook's outputs without pictures; its cells are those of `notebooks/`, so a cell that was changed is
 compared with what it said before. Numbers count to two decimals (`sanitize.cfg`), so that another processor's rounding is
@@ -30,7 +30,7 @@ def expect(project: Path) -> None:
         for cell in page.cells:
             if cell.cell_type == "code":
                 if cell.id not in said:
-                    raise KeyError(f"{name}, {cell.id}: nothing is stored that it should say; python -m tests.pages")
+                    raise KeyError(f"{name}, {cell.id}: nothing is stored that it should say; make pages")
                 cell.outputs, cell.execution_count = said[cell.id].outputs, said[cell.id].execution_count
         nbformat.write(page, path)
 
