@@ -36,6 +36,7 @@ POLICY = {  # beside params.yaml's: the same for every arm
     "policy.weighting": "sampling",
     "policy.steps": 2000,
     "policy.warmup_steps": 100,
+    "policy.ema_decay": 0.995,
     "policy.save_every": 500,
     "policy.log_every": 50,
 }
