@@ -1,7 +1,8 @@
 """The project's pictures: Altair charts in one visual language, and strips of frames.
 
 A stage has the same colour wherever it appears (Okabe and Ito's palette, safe for colour-blind readers). Charts come out
-as PNG, which works without a network in Lab, in reports and on GitHub.
+as PNG, which works without a network in Lab, in reports and on GitHub; one in which something can be chosen answers the
+mouse as well in a notebook that somebody has open.
 """
 
 import io
@@ -10,21 +11,37 @@ import altair as alt
 import numpy as np
 import pandas as pd
 import vl_convert
+from altair.utils.mimebundle import spec_to_mimebundle
 from PIL import Image, ImageDraw, ImageFont
+
+from sarm_lib import live
 
 STAGE_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#F0E442")
 PREDICTED, TARGET, ACCENT = "#0072B2", "#7F7F7F", "#D55E00"
 LIGHT = {"#E69F00", "#56B4E9", "#F0E442", "#CC79A7"}  # black letters on these
 WIDTH, HEIGHT = 640, 220
 MOST_POINTS = 1200  # of a curve: twice its width in pixels
+MOST_ROWS, MOST_EPISODES = 5000, 60  # of a chart in which an episode can be chosen: it carries all of its curves
+VEGA_LITE_OF_LAB = "application/vnd.vegalite.v5+json"
 Segments = list[tuple[str, int, int]]
 
 
 def setup() -> None:
-    """Call once in a notebook: static pictures, twice the resolution."""
-    alt.renderers.enable("png", scale_factor=2)
+    """Call once in a notebook: pictures of twice the resolution, and charts that answer where somebody watches."""
+    alt.renderers.enable("answering" if live.watched() else "png", scale_factor=2)
     alt.theme.enable("sarm")
     pd.set_option("display.max_colwidth", None)
+
+
+def _answering(spec: dict, **options) -> tuple[dict, dict]:
+    """A picture of the chart and, if something can be chosen in it, the chart as JupyterLab draws it without a network."""
+    bundle, metadata = spec_to_mimebundle(spec, "png", mode="vega-lite", **options)
+    if "params" in spec:  # Altair writes Vega-Lite 6, of which these charts use nothing that Lab's Vega-Lite 5 lacks
+        bundle[VEGA_LITE_OF_LAB] = spec | {"$schema": "https://vega.github.io/schema/vega-lite/v5.json"}
+    return bundle, metadata
+
+
+alt.renderers.register("answering", _answering)
 
 
 @alt.theme.register("sarm", enable=False)
@@ -138,6 +155,33 @@ def episode(
     return page
 
 
+def moving_episode(
+    images: np.ndarray, frames: np.ndarray, predicted: np.ndarray, target: np.ndarray | None, fps: int, title: str
+) -> list[Image.Image]:
+    """An episode as it goes on: one picture for every one of `images` (n, H, W, 3), taken at `frames` (n,) of the curves
+    (T,), beside its progress so far."""
+    left, top, width, height, below = 52, 62, 440, 150, 44
+    padding = {"left": left, "top": top, "right": 14, "bottom": below}
+    said = title + ("" if target is None else ": predicted (blue), target (dashed)")
+    chart = progress(predicted, target, fps, said).properties(
+        width=width, height=height, padding=padding, autosize="none"
+    )  # so that it is known where in the picture a frame is
+    curves = Image.open(io.BytesIO(vl_convert.vegalite_to_png(chart.to_json()))).convert("RGB")
+    pages = []
+    for image, frame in zip(images, frames, strict=True):
+        size = (round(image.shape[1] * curves.height / image.shape[0]), curves.height)
+        page = Image.new("RGB", (size[0] + curves.width, curves.height), "white")
+        page.paste(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS), (0, 0))
+        page.paste(curves, (size[0], 0))
+        x = size[0] + left + width * frame / max(1, len(predicted) - 1)
+        y = top + height * (1 - float(predicted[frame]))
+        draw = ImageDraw.Draw(page)
+        draw.line((x, top, x, top + height), fill="black")
+        draw.ellipse((x - 5, y - 5, x + 5, y + 5), fill=ACCENT)
+        pages.append(page.quantize(method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE))
+    return pages
+
+
 def stage_probabilities(probabilities: np.ndarray, names: list[str], fps: int) -> alt.Chart:
     """Stacked stage probabilities (T, K) over time."""
     shown = thinned(len(probabilities), MOST_POINTS // len(names))
@@ -194,16 +238,70 @@ def delta_histogram(delta: np.ndarray, weight: np.ndarray, kappa: float) -> alt.
     )
 
 
-def weights_over_time(progress_of: np.ndarray, weight: np.ndarray, fps: int, title: str) -> alt.LayerChart:
-    """Progress of an episode with every frame coloured by its weight."""
-    shown = thinned(len(weight))
-    table = pd.DataFrame({"time": shown / fps, "progress": progress_of[shown], "weight": weight[shown]})
-    base = alt.Chart(table, title=title).encode(x=alt.X("time:Q", title="time (s)", scale=alt.Scale(nice=False)))
-    y = alt.Y("progress:Q", title="progress φ", scale=alt.Scale(domain=[0, 1]))
-    line = base.mark_line(color="#BBBBBB").encode(y=y)
-    scale = alt.Scale(domain=[0, 0.5, 1], range=[ACCENT, "#C9C9C9", PREDICTED])
-    dots = base.mark_circle(size=45, opacity=1).encode(y=y, color=alt.Color("weight:Q", scale=scale))
-    return (line + dots).properties(width=WIDTH, height=HEIGHT)
+def linked_episodes(
+    table: pd.DataFrame, measure: str, curves: dict[int, dict[str, np.ndarray]], fps: float, title: str
+) -> alt.VConcatChart:
+    """Every episode as a dot, and the curves of the one that is clicked; moving over these reads their values.
+
+    table: `episode`, `group` and `measure` (the column drawn upwards), those to look at first before the others; `why`
+    is said beside a chosen one.
+    curves: of an episode, name: (T,) values; a curve called `weight` colours the first one instead of being drawn.
+    """
+    table = table.head(MOST_EPISODES)
+    names = list(curves[int(table.episode.iloc[0])])
+    drawn = [name for name in names if name != "weight"]
+    rows = []
+    for index in table.episode:
+        mine = pd.DataFrame(curves[int(index)])
+        mine = mine.iloc[thinned(len(mine), MOST_ROWS // len(table))].astype(float).round(4)
+        rows.append(mine.assign(episode=index, time=(mine.index / fps).round(3)))
+    lengths = {index: len(curves[int(index)][names[0]]) / fps for index in table.episode}
+    table = table[[c for c in ("episode", "group", measure, "why") if c in table]]
+    table = table.assign(seconds=table.episode.map(lengths).round(2))
+
+    chosen = alt.selection_point(fields=["episode"], value=[{"episode": int(table.episode.iloc[0])}], toggle=False)
+    groups = list(dict.fromkeys(sorted(table.group.astype(str))))
+    dots = (
+        alt.Chart(table, title=title)
+        .mark_circle(stroke="black")
+        .encode(
+            x=alt.X("seconds:Q", title="length (s)", scale=alt.Scale(zero=False)),
+            y=alt.Y(f"{measure}:Q"),
+            color=alt.Color("group:N", scale=stage_scale(groups), title=None),
+            size=alt.condition(chosen, alt.value(160), alt.value(60)),
+            strokeWidth=alt.condition(chosen, alt.value(2), alt.value(0)),
+            tooltip=["episode:Q", "group:N", "seconds:Q", alt.Tooltip(f"{measure}:Q", format=".3f")],
+        )
+        .add_params(chosen)
+        .properties(width=WIDTH, height=HEIGHT // 2)
+    )
+    name = (
+        alt.Chart(table)
+        .transform_filter(chosen)
+        .transform_calculate(
+            said="'episode ' + datum.episode + ' (' + datum.group + ')' + (datum.why ? ': ' + datum.why : '')"
+        )
+        .mark_text(align="left", fontSize=13, limit=WIDTH)
+        .encode(x=alt.value(6), y=alt.value(12), text="said:N")
+    )
+    shown = alt.Chart(pd.concat(rows)).transform_filter(chosen)
+    x = alt.X("time:Q", title="time (s)", scale=alt.Scale(nice=False))
+    y = alt.Y("progress:Q", title="progress φ", scale=alt.Scale(domain=[0, 1.1]), axis=alt.Axis(values=[0, 0.5, 1]))
+    lines = shown.transform_fold(drawn, as_=["curve", "progress"]).encode(x=x, y=y)
+    if "weight" in names:
+        scale = alt.Scale(domain=[0, 0.5, 1], range=[ACCENT, "#C9C9C9", PREDICTED])
+        dotted = lines.mark_circle(size=45, opacity=1).encode(color=alt.Color("weight:Q", scale=scale))
+        panel = lines.mark_line(color="#BBBBBB") + dotted
+    else:
+        scale = alt.Scale(domain=drawn, range=[PREDICTED, TARGET, *STAGE_COLOURS[2:]][: len(drawn)])
+        panel = lines.mark_line().encode(color=alt.Color("curve:N", scale=scale, title=None))
+    when = alt.selection_point(fields=["time"], nearest=True, on="pointerover", empty=False)
+    values = [alt.Tooltip("time:Q", format=".2f"), *(alt.Tooltip(f"{n}:Q", format=".3f") for n in names)]
+    reading = shown.mark_rule(color="#888888").encode(
+        x=x, opacity=alt.condition(when, alt.value(1), alt.value(0)), tooltip=values
+    )
+    panel = (panel + reading.add_params(when) + name).properties(width=WIDTH, height=HEIGHT)
+    return alt.vconcat(dots, panel).resolve_scale(color="independent", size="independent")
 
 
 def scorecard(figures: dict[str, dict[str, float]], metric: str, title: str) -> alt.LayerChart:

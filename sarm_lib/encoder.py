@@ -18,7 +18,6 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from sarm_lib.artifacts import (
     PROVENANCE,
@@ -33,6 +32,7 @@ from sarm_lib.artifacts import (
 )
 from sarm_lib.dataset import Dataset, DatasetError, Episode, fingerprint
 from sarm_lib.kernels import freeze
+from sarm_lib.live import bar
 from sarm_lib.processes import share
 
 INDEX = "index.json"
@@ -167,11 +167,11 @@ def ensure_embeddings(folder: Path, params, dataset: Dataset, encoder: Encoder) 
     pairs = ((shown, (key, e)) for key in cameras for e, shown in zip(dataset.episodes, content[key], strict=True))
     todo = [(shown, *where) for shown, where in dict(pairs).items() if shown not in known]  # what is shown twice, once
     mine = todo[processes.process_index :: processes.num_processes]
-    bar = tqdm(total=sum(episode.length for *_, episode in mine), desc="encoding", unit="frame", mininterval=5)
+    encoded = bar(total=sum(episode.length for *_, episode in mine), desc="encoding", unit="frame")
     for shown, key, episode in mine:
         _encode_episode(dataset, key, episode, encoder, work / f"{shown}.npy", settings)
-        bar.update(episode.length)
-    bar.close()
+        encoded.update(episode.length)
+    encoded.close()
     processes.wait_for_everyone()
     if processes.is_main_process:
         with staged(folder) as partial:

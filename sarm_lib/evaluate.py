@@ -25,12 +25,12 @@ from lerobot.envs.utils import preprocess_observation
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.utils.constants import OBS_STATE
 from PIL import Image
-from tqdm.auto import tqdm
 
 from sarm_lib import charts
 from sarm_lib.checkpoint import RewardModel
 from sarm_lib.dataset import Episode
 from sarm_lib.encoder import Embeddings, Encoder
+from sarm_lib.live import bar
 from sarm_lib.policy import CachedFrames, StreamedFrames
 from sarm_lib.progress import Scores, score
 from sarm_lib.statistics import wilson
@@ -146,7 +146,7 @@ def rollouts(
     model, preprocess, postprocess = policy
     model.eval()
     looks = looks_every(model)
-    bar = tqdm(total=len(seeds), desc="rollouts", unit="rollout", mininterval=5, disable=quiet)
+    finished = bar(total=len(seeds), desc="rollouts", unit="rollout", quiet=quiet)
     for first in range(0, len(seeds), len(environments)):
         wave = list(seeds[first : first + len(environments)])
         torch.manual_seed(wave[0])
@@ -177,8 +177,8 @@ def rollouts(
             step += 1
         for i, (_, seed) in enumerate(members):
             yield Rollout(int(seed), success[i], frames[i], *_recorded(kept[i]))
-            bar.update()
-    bar.close()
+            finished.update()
+    finished.close()
 
 
 def _copy(observation: dict[str, Any]) -> dict[str, Any]:

@@ -225,6 +225,25 @@ def of_scores(
     return Explorer(dataset, panels, order=scored if order is None else order, reasons=reasons)
 
 
+def save_film(
+    path: Path, dataset: Dataset, episode: Episode, scores: Scores, labels: Labels, head: str, most: int = 48
+) -> None:
+    """The same as a moving picture that mail and web pages play (GIF): at most `most` pictures, at a third of the speed
+    and with a rest at the end."""
+    frames = charts.thinned(episode.length, most)
+    pages = charts.moving_episode(
+        dataset.read_frames(episode, dataset.image_keys[0], frames),
+        frames,
+        scores.progress,
+        labels.progress(episode, head) if episode.index in labels.annotated else None,
+        dataset.fps,
+        f"episode {episode.index} ({episode.group}), {head} head",
+    )
+    seconds = 3 * episode.length / dataset.fps
+    durations = [max(20, round(1000 * seconds / len(pages)))] * (len(pages) - 1) + [2000]
+    pages[0].save(path, save_all=True, append_images=pages[1:], duration=durations, loop=0, optimize=True)
+
+
 def picture(
     dataset: Dataset, episode: Episode, scores: Scores, labels: Labels, head: str, count: int = 8
 ) -> Image.Image:

@@ -21,10 +21,9 @@ from typing import Any
 import nbformat
 import papermill
 from nbclient.exceptions import DeadKernelError
-from nbconvert import HTMLExporter
 from traitlets.config import Config
 
-from sarm_lib import corrections, lerobot_io
+from sarm_lib import corrections, lerobot_io, live, reports
 from sarm_lib import dataset as datasets
 from sarm_lib.artifacts import file_digest, folder_identity, read_json, staged, write_json
 from sarm_lib.encoder import identity
@@ -146,7 +145,7 @@ def execute(notebook: Path, report: Path, parameters: dict[str, Any] | None = No
     """Run `notebook` into `report` and HTML beside it. A page that fails, or whose kernel dies, is kept as
     `*.failed.ipynb`; the program exits."""
     running, failed = report.with_name(f".{report.stem}.running.ipynb"), report.with_suffix(".failed.ipynb")
-    os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")
+    os.environ |= {live.HEADLESS: "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
     start = time.monotonic()
     try:
         papermill.execute_notebook(
@@ -168,10 +167,7 @@ def execute(notebook: Path, report: Path, parameters: dict[str, Any] | None = No
         sys.exit(f"{report.stem}: {_explain(error)}\nThe page up to the failing cell is {failed}")
     os.replace(running, report)
     failed.unlink(missing_ok=True)
-    html, _ = HTMLExporter(embed_images=True).from_filename(str(report))
-    with staged(report.with_suffix(".html")) as partial:
-        partial.write_text(html)
-    log.info("%s ran in %.0f s: %s", report.stem, time.monotonic() - start, report.with_suffix(".html"))
+    log.info("%s ran in %.0f s: %s", report.stem, time.monotonic() - start, reports.write_html(report, notebook.parent))
 
 
 def _explain(error: Exception) -> str:

@@ -46,7 +46,6 @@ from peft import PeftModel, set_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from tqdm.auto import tqdm
 
 import sarm_lib.small_pi0  # noqa: F401  (registers the policy type)
 from sarm_lib.artifacts import (
@@ -61,6 +60,7 @@ from sarm_lib.artifacts import (
     write_json,
 )
 from sarm_lib.dataset import Dataset, Episode, fingerprint, rows_of
+from sarm_lib.live import bar
 from sarm_lib.losses import FLOW_MATCHING, WeightedLoss, gives_sample_losses, per_sample_loss, sample_noise
 from sarm_lib.schedule import Estimate, learning_rate
 
@@ -297,7 +297,7 @@ def cache_frames(
     size = {key: tuple(resolution or dataset.features[key]["shape"][:2]) for key in image_keys}
     images = {key: np.empty((count, 3, *size[key]), dtype=np.uint8) for key in image_keys}
     for key in image_keys:
-        frames = tqdm(dataset.iterate_frames(key, episodes), total=count, desc=key, unit="frame", mininterval=5)
+        frames = bar(dataset.iterate_frames(key, episodes), total=count, desc=key, unit="frame")
         for i, (_, image) in enumerate(frames):
             if image.shape[:2] == size[key]:
                 images[key][i] = image.transpose(2, 0, 1)
@@ -491,9 +491,7 @@ def train_arm(
     drawn = lambda s: draws.at(s, parts * size).reshape(parts, size)  # noqa: E731
     batches = frames.batches(drawn(s)[part] for s in range(step, settings.steps) for part in mine)
     quiet = not accelerator.is_main_process
-    bar = tqdm(
-        initial=step, total=settings.steps, desc=f"training {arm.name}", unit="step", mininterval=5, disable=quiet
-    )
+    steps = bar(initial=step, total=settings.steps, desc=f"training {arm.name}", unit="step", quiet=quiet)
     running: list[dict[str, float]] = []
     policy.train()
     while step < settings.steps:
@@ -517,19 +515,19 @@ def train_arm(
         scheduler.step()
         average.update()
         step += 1
-        bar.update()
+        steps.update()
         running.append({"loss": accelerator.reduce(step_loss, "mean").item(), **batch_statistics(arm, rows.ravel())})
         if step % settings.log_every == 0 or step == settings.steps:
             curve.append({"step": step} | {key: float(np.mean([r[key] for r in running])) for key in running[0]})
             running = []
-            bar.set_postfix(loss=f"{curve[-1]['loss']:.4f}")
+            steps.set_postfix(loss=f"{curve[-1]['loss']:.4f}", refresh=False)
         if step % settings.save_every == 0 and step < settings.steps and accelerator.is_main_process:
             with staged(work / CHECKPOINT) as partial:
                 with average.in_place():
                     save_checkpoint(partial, step, config, saved, optimizer, scheduler, preprocessor, postprocessor)
                 average.save_live(partial / LIVE)
                 write_json(partial / CURVE, curve)
-    bar.close()
+    steps.close()
     set_seed(seed)  # the state of Python's generators is saved too, and is another one in every process
     if accelerator.is_main_process:
         with staged(folder) as partial, average.in_place():

@@ -16,12 +16,12 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from tqdm.auto import tqdm
 
 from sarm_lib.artifacts import PARQUET_KEY, code_digest, digest, read_provenance, remove, staged
 from sarm_lib.checkpoint import RewardModel
 from sarm_lib.dataset import Dataset, Episode
 from sarm_lib.encoder import Embeddings, Precision
+from sarm_lib.live import bar
 from sarm_lib.model import Sarm
 from sarm_lib.processes import share
 from sarm_lib.stages import Labels, progress
@@ -100,7 +100,7 @@ def score(
     window, parts = sarm.spec.window, {head: [] for head in heads}
     device = next(sarm.parameters()).device
     sarm.eval()
-    for first in tqdm(range(0, len(rows), batch_size), desc="scoring", unit="batch", disable=quiet, mininterval=5):
+    for first in bar(range(0, len(rows), batch_size), desc="scoring", unit="batch", quiet=quiet):
         batch = rows[first : first + batch_size]
         start, length = store.start[batch], store.length[batch]
         frames = window.observed(batch - start, length) + start[:, None]
@@ -210,7 +210,7 @@ def ensure_progress(
     processes = share(next(model.sarm.parameters()).device)
     work, todo = params.paths.write(f"work/progress-{digest(provenance)}"), list(enumerate(blocks(dataset.episodes)))
     mine = todo[processes.process_index :: processes.num_processes]
-    for number, block in tqdm(mine, desc="scoring", unit="block", mininterval=5):
+    for number, block in bar(mine, desc="scoring", unit="block"):
         if (work / f"{number}.npz").exists():
             continue
         scores = score_episodes(model.sarm, store, block, heads, stride, batch_size, precision=params.rabc.precision)

@@ -20,12 +20,12 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from faker import Faker
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 from sarm_lib.artifacts import code_digest, digest, is_current, remove, staged, write_json_lines
 from sarm_lib.checkpoint import LOG, RewardModel, save_reward_model
 from sarm_lib.dataset import Dataset, Episode
 from sarm_lib.encoder import Embeddings, Encoder
+from sarm_lib.live import bar
 from sarm_lib.model import Sarm, SarmSpec
 from sarm_lib.progress import frame_store, score
 from sarm_lib.schedule import Estimate, learning_rate
@@ -336,7 +336,7 @@ def train(
     state = TrainingState(work)
     step, lines, best = state.restore(sarm, optimizer, schedule) or (0, [], None)
     main = accelerator.is_main_process
-    bar = tqdm(initial=step, total=settings.steps, desc="training SARM", unit="step", mininterval=5, disable=not main)
+    steps = bar(initial=step, total=settings.steps, desc="training SARM", unit="step", quiet=not main)
     sums: dict[str, Tensor | float] = {}
     while step < settings.steps:
         sarm.train()
@@ -349,7 +349,7 @@ def train(
         optimizer.step()
         schedule.step()
         step += 1
-        bar.update()
+        steps.update()
         for name, value in {**parts, "gradient_norm": norm}.items():
             sums[name] = sums.get(name, 0.0) + value.detach()
         if step % settings.log_every and step < settings.steps:
@@ -364,13 +364,13 @@ def train(
         if not all(map(np.isfinite, line.values())):
             raise FloatingPointError(f"training diverged before step {step} ({line}): lower sarm.learning_rate")
         lines.append(line)
-        bar.set_postfix({name: f"{line[name]:.4f}" for name in ("loss", "val_rmse") if name in line})
+        steps.set_postfix({name: f"{line[name]:.4f}" for name in ("loss", "val_rmse") if name in line}, refresh=False)
         accelerator.log({k: v for k, v in line.items() if k != "step"}, step=step)
         if main:
             state.write_log(lines)
             if step % settings.save_every == 0 and step < settings.steps:
                 state.save(sarm, optimizer, schedule, step, lines, best)
-    bar.close()
+    steps.close()
     accelerator.end_training()
     last = {k: v.detach().cpu().clone() for k, v in sarm.state_dict().items()}
     sarm.load_state_dict(best[1])

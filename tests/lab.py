@@ -22,19 +22,20 @@ VIEWPORT = {"width": 1280, "height": 900}
 
 
 @contextmanager
-def jupyter_lab(folder: Path) -> Iterator[str]:
+def jupyter_lab(folder: Path, *more: str) -> Iterator[str]:
     """Address of a JupyterLab process on `folder`/work; it reads and writes nothing outside of `folder`."""
     (folder / "work").mkdir(parents=True, exist_ok=True)
     settings = folder / "settings/@jupyterlab/apputils-extension/notification.jupyterlab-settings"
-    settings.parent.mkdir(parents=True)
+    settings.parent.mkdir(parents=True, exist_ok=True)
     settings.write_text('{"fetchNews": "false", "checkForUpdates": false}')
-    env = os.environ | {"HOME": str(folder), "IPYTHONDIR": str(folder / "ipython"), "PYTHONPATH": str(ROOT)}
+    watched = {name: value for name, value in os.environ.items() if name not in ("SARM_HEADLESS", "TQDM_DISABLE")}
+    env = watched | {"HOME": str(folder), "IPYTHONDIR": str(folder / "ipython"), "PYTHONPATH": str(ROOT)}
     for name in ("CONFIG", "DATA", "RUNTIME"):
         env[f"JUPYTER_{name}_DIR"] = str(folder / name.lower())
     for name in ("SETTINGS", "WORKSPACES"):
         env[f"JUPYTERLAB_{name}_DIR"] = str(folder / name.lower())
     options = ["--no-browser", "--allow-root", "--ip=127.0.0.1", "--port=0", f"--IdentityProvider.token={TOKEN}"]
-    command = [sys.executable, "-m", "jupyterlab", *options, f"--ServerApp.root_dir={folder / 'work'}"]
+    command = [sys.executable, "-m", "jupyterlab", *options, f"--ServerApp.root_dir={folder / 'work'}", *more]
     with (folder / "lab.log").open("w") as log:
         process = subprocess.Popen(command, env=env, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
     try:

@@ -1,5 +1,6 @@
 """Charts are drawn from datasets of any length: Altair takes 5,000 rows, an episode may have more frames."""
 
+import altair as alt
 import numpy as np
 import pandas as pd
 import pytest
@@ -21,11 +22,18 @@ def long_episode():
     )
 
 
+def linked(episodes: int = 3, **curves):
+    """Episode 5 has to be looked at first; the others follow."""
+    table = pd.DataFrame({"episode": range(5, 5 + episodes), "group": "clean", "error": 0.1, "why": 'it\'s "late"'})
+    curves = {i: curves or {"progress": rng().random(FRAMES), "weight": rng().random(FRAMES)} for i in table.episode}
+    return charts.linked_episodes(table, "error", curves, 30, "episodes")
+
+
 @pytest.mark.parametrize(
     "draw",
     [
         long_episode,
-        lambda: charts.weights_over_time(np.linspace(0, 1, FRAMES), rng().random(FRAMES), 30, "weights").to_dict(),
+        lambda: linked(episodes=90).to_dict(),
         lambda: charts.delta_histogram(rng().normal(size=FRAMES), rng().random(FRAMES).round(), 0.1).to_dict(),
         lambda: charts.episode_lengths(
             pd.DataFrame(
@@ -57,3 +65,28 @@ def test_the_lengths_are_counted_once():
 def test_a_metric_that_some_rows_do_not_have_is_drawn_for_the_others():
     figures = {"sarm": {"voc": 0.9, "voc_low": 0.8, "voc_high": 1.0}, "time_linear": {"mse": 0.1}}
     assert charts.scorecard(figures, "voc", "VOC").to_dict()["height"] == 26
+
+
+def test_a_chart_in_which_something_can_be_chosen_answers_where_somebody_watches(monkeypatch):
+    monkeypatch.setattr(charts.live, "watched", lambda: True)
+    charts.setup()
+    bundle, _ = alt.renderers.get()(linked().to_dict())
+    assert bundle["image/png"].startswith(b"\x89PNG")
+    spec = bundle[charts.VEGA_LITE_OF_LAB]
+    assert spec["$schema"].endswith("v5.json") and len(spec["params"]) == 2
+    still, _ = alt.renderers.get()(charts.delta_histogram(rng().normal(size=99), np.ones(99), 0.1).to_dict())
+    assert charts.VEGA_LITE_OF_LAB not in still and still["image/png"].startswith(b"\x89PNG")
+    monkeypatch.setattr(charts.live, "watched", lambda: False)
+    charts.setup()
+    assert alt.renderers.active == "png"
+
+
+def test_linked_episodes_carry_the_first_ones_within_a_limit_and_begin_with_the_first():
+    spec = linked(episodes=90).to_dict()
+    tables = sorted(spec["datasets"].values(), key=len)
+    assert len(tables[0]) == charts.MOST_EPISODES
+    assert charts.MOST_ROWS * 0.9 < len(tables[1]) <= charts.MOST_ROWS
+    assert {row["episode"] for row in tables[1]} == set(range(5, 5 + charts.MOST_EPISODES))
+    assert [p["value"] for p in spec["params"] if "value" in p] == [[{"episode": 5}]]
+    short = linked(predicted=np.array([0.0, 0.5]), target=np.array([0.0, 1.0])).to_dict()
+    assert {"episode": 6, "time": 0.033, "predicted": 0.5, "target": 1.0} in max(short["datasets"].values(), key=len)

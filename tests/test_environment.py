@@ -89,7 +89,13 @@ def test_everything_the_library_imports_is_declared():
     import sys
 
     declared = {name_of(r).replace("-", "_") for r in project()["dependencies"]} | {"pillow", "pyyaml"}
-    as_imported = {"PIL": "pillow", "yaml": "pyyaml", "vl_convert": "vl_convert_python", "ruamel": "ruamel_yaml"}
+    as_imported = {
+        "PIL": "pillow",
+        "IPython": "ipython",
+        "yaml": "pyyaml",
+        "vl_convert": "vl_convert_python",
+        "ruamel": "ruamel_yaml",
+    }
     for path in (ROOT / "sarm_lib").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             modules = (

@@ -14,7 +14,7 @@ from PIL import Image
 
 from sarm_lib.charts import PREDICTED, STAGE_COLOURS, TARGET
 from sarm_lib.dataset import open_dataset
-from sarm_lib.explorer import Explorer, Panel, of_scores, packed, picture
+from sarm_lib.explorer import Explorer, Panel, of_scores, packed, picture, save_film
 from sarm_lib.progress import Scores
 from sarm_lib.stages import Labels
 
@@ -259,6 +259,19 @@ def test_a_still_of_an_episode(opened, scored):
     for episode in (opened.episodes[3], opened.episodes[5]):  # with and without a target
         still = picture(opened, episode, scores[episode.index, "dense"], labels, "dense", count=3)
         assert still.width > 600 and still.height > 300
+
+
+def test_a_film_of_an_episode(opened, scored, tmp_path):
+    scores, labels = scored
+    for episode, most in ((opened.episodes[3], 5), (opened.episodes[5], 99)):  # with and without a target
+        save_film(tmp_path / "film.gif", opened, episode, scores[episode.index, "dense"], labels, "dense", most)
+        film, shown = Image.open(tmp_path / "film.gif"), []
+        for i in range(film.n_frames):
+            film.seek(i)
+            shown.append(np.asarray(film.convert("RGB")).astype(int))
+        assert len(shown) == min(most, episode.length)
+        red = [np.argwhere((f[..., 0] > 180) & (f[..., 1] < 120) & (f[..., 2] < 60))[:, 1].mean() for f in shown]
+        assert np.all(np.diff(red) > 0)  # the dot on the curve moves on
 
 
 # --- without a browser ------------------------------------------------------------------------------------------------

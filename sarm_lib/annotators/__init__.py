@@ -20,12 +20,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from tqdm.auto import tqdm
-
 from sarm_lib import annotations, corrections
 from sarm_lib.annotations import Annotation, AnnotationError
 from sarm_lib.artifacts import digest, remove, write_json
 from sarm_lib.dataset import Dataset, Episode, fingerprint
+from sarm_lib.live import bar
 
 log = logging.getLogger("sarm")
 
@@ -167,7 +166,7 @@ def run(
     todo = [episode for episode in episodes if episode.index not in done]
     lengths = {episode.index: episode.length for episode in dataset.episodes}
     failures: dict[int, Failure] = {}
-    bar = tqdm(total=len(todo), desc=annotator.identity["annotator"], unit="episode", mininterval=5)
+    asked = bar(total=len(todo), desc=annotator.identity["annotator"], unit="episode")
     for result in annotator.annotate(todo) if todo else ():
         result = _through_the_gate(result, vocabulary, lengths[result.episode])
         failed = folder / "failed" / annotations.file_name(result.episode)
@@ -181,8 +180,8 @@ def run(
             if not isinstance(annotator, Existing):
                 write_json(failed, asdict(result))
             failures[result.episode] = result
-        bar.update()
-    bar.close()
+        asked.update()
+    asked.close()
     if answers != folder:
         for path in answers.glob("*.json"):
             path.replace(folder / path.name)
