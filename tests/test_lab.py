@@ -61,14 +61,17 @@ def test_a_notebook_runs_in_jupyterlab(name, lab, browser):
     assert not errors and not complaints
     assert [c.execution_count for c in saved.cells if c.cell_type == "code"]
     kinds = [set(output.get("data", {})) for output in outputs]
-    shown = page.locator(".jp-OutputArea-output.jupyter-widgets")
+    shown = page.locator(".jp-OutputArea-output.lm-Panel")
     assert shown.count() == sum(WIDGET in kind for kind in kinds)
     for i in range(shown.count()):
         assert shown.nth(i).bounding_box()["height"] > 20
     assert not page.get_by_text(re.compile("Error (displaying|creating|rendering)|Javascript Error")).count()
     assert page.locator(".jp-RenderedVegaCommon5 canvas").count() == sum(CHART in kind for kind in kinds)
     pictures = page.locator(".jp-RenderedImage img").evaluate_all("all => all.map(img => img.naturalWidth)")
-    assert len(pictures) >= sum("image/png" in kind and CHART not in kind for kind in kinds) and min(pictures, default=1) > 0
+    assert (
+        len(pictures) >= sum("image/png" in kind and CHART not in kind for kind in kinds)
+        and min(pictures, default=1) > 0
+    )
     page.evaluate("() => jupyterapp.commands.execute('notebook:shutdown-kernel')")
     page.close()
 
