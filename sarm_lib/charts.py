@@ -231,9 +231,9 @@ def delta_histogram(delta: np.ndarray, weight: np.ndarray, kappa: float) -> alt.
     )
     rule = alt.Chart(pd.DataFrame({"kappa": [kappa]})).mark_rule(strokeDash=[4, 3]).encode(x="kappa:Q")
     label = alt.Chart(pd.DataFrame({"kappa": [kappa], "text": [f"κ = {kappa:.3g}"]})).mark_text(
-        align="left", dx=4, dy=-4, baseline="top"
+        align="left", dx=-4, baseline="bottom"
     )
-    return (bars + rule + label.encode(x="kappa:Q", y=alt.value(10), text="text:N")).properties(
+    return (bars + rule + label.encode(x="kappa:Q", y=alt.value(-2), text="text:N")).properties(
         width=WIDTH, height=HEIGHT
     )
 
@@ -458,7 +458,7 @@ def confusion(table: pd.DataFrame, title: str, rows: str = "reference", columns:
         x=alt.X(f"{columns}:N", sort=order, axis=alt.Axis(labelAngle=-20, labelLimit=220)),
         y=alt.Y(f"{rows}:N", sort=order, axis=alt.Axis(labelLimit=220)),
     )
-    scale = alt.Scale(domain=[0, 1], range=["#FFFFFF", PREDICTED])
+    scale = alt.Scale(domain=[0, 1], range=["#FFFFFF", PREDICTED], interpolate="rgb")
     fill = base.mark_rect(stroke="#EEEEEE").encode(color=alt.Color("share:Q", scale=scale, legend=None))
     dark = alt.condition("datum.share > 0.5", alt.value("white"), alt.value("black"))
     text = base.mark_text(fontSize=12).encode(text=alt.Text("share:Q", format=".2f"), color=dark)

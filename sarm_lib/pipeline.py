@@ -145,7 +145,7 @@ def execute(notebook: Path, report: Path, parameters: dict[str, Any] | None = No
     """Run `notebook` into `report` and HTML beside it. A page that fails, or whose kernel dies, is kept as
     `*.failed.ipynb`; the program exits."""
     running, failed = report.with_name(f".{report.stem}.running.ipynb"), report.with_suffix(".failed.ipynb")
-    os.environ |= {live.HEADLESS: "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+    os.environ |= {live.HEADLESS: "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
     start = time.monotonic()
     try:
         papermill.execute_notebook(

@@ -42,7 +42,11 @@ def jupyter_lab(folder: Path, *more: str) -> Iterator[str]:
         yield _wait_for_server(process, folder)
     finally:
         process.terminate()
-        process.wait(30)
+        try:
+            process.wait(60)  # a kernel that is just starting is waited for
+        except subprocess.TimeoutExpired:
+            process.kill()  # kernels without a server end themselves
+            process.wait()
 
 
 def _wait_for_server(process: subprocess.Popen, folder: Path) -> str:
