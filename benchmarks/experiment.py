@@ -1,6 +1,7 @@
 """Does RA-BC help, and how much of the way to an oracle does it go? (`make experiment`, resumable)
 
     python -m benchmarks.experiment [--arms bc rabc ...] [--seeds 0 1 2 3 4] [--jobs 2] [--kind test|tune] [--steps N]
+    python -m benchmarks.experiment --film docs/rollouts.gif --seeds 0      # the first starts, by policies that are trained
 
 The same policy, data and training budget for every arm; an arm decides only how often each training frame is drawn
 (`policy.weighting: sampling`, equal in expectation to scaling losses by Eq 7). Training seeds and starts are paired: the
@@ -168,10 +169,47 @@ def report(runs: dict[str, dict[int, dict]], settings: dict) -> dict:
             if arm != other and shared:
                 mine, theirs = (np.array([r[s]["succeeded"] for s in shared]) for r in (by_seed, runs[other]))
                 arms[arm][f"over_{other}"] = statistics.paired_difference(mine, theirs)
-    rates = {arm: value["success_rate"] for arm, value in arms.items()}
-    if {"bc", "rabc", "oracle"} <= set(rates) and rates["oracle"] != rates["bc"]:
-        arms["rabc"]["gap_closed"] = (rates["rabc"] - rates["bc"]) / (rates["oracle"] - rates["bc"])
+    shared = set.intersection(*(set(runs.get(arm, {})) for arm in ("bc", "rabc", "oracle")))  # seeds that all three have
+    bc, ours, oracle = (sum(runs[arm][s]["successes"] for s in shared) for arm in ("bc", "rabc", "oracle")) if shared else (0, 0, 0)
+    if oracle != bc:
+        arms["rabc"]["gap_closed"] = (ours - bc) / (oracle - bc)
     return {"settings": settings, "arms": arms}
+
+
+def film(path: Path, arms: list[str], seed: int, kind: str, device: str, work: Path, shown: int = 5, every: int = 3) -> None:
+    """The policies of one training seed from the first starts, side by side: a picture every so many frames. A rollout that
+    has ended stays on its last picture, framed blue for a success and orange for a failure."""
+    import numpy as np
+    from PIL import Image, ImageDraw, ImageFont
+
+    from demo.simulator import TASK
+    from sarm_lib import charts, evaluate, policy
+
+    make = evaluate.environment("demo.environment:AssemblyEnv")
+    environments = evaluate.open_environments(make, ENVIRONMENTS)
+    most, done = environments[0]._max_episode_steps, {}
+    for arm in arms:  # as many together as were measured, so that these are the same rollouts
+        loaded = policy.load(work / f"{arm}-{seed}" / "policy", device)
+        starts = STARTS[kind][:ENVIRONMENTS]
+        done[arm] = list(evaluate.rollouts(loaded, environments, starts, most, TASK, record=True))[:shown]
+    evaluate.close(environments)
+    rolled = [r for rows in done.values() for r in rows]
+    camera = next(iter(rolled[0].images))
+    tile, left, font = rolled[0].images[camera].shape[1], 90, ImageFont.load_default(size=15)
+    pages = []
+    for t in range(0, max(r.frames for r in rolled) + every, every):
+        page = Image.new("RGB", (left + shown * (tile + 4), len(arms) * (tile + 4)), "white")
+        draw = ImageDraw.Draw(page)
+        for row, arm in enumerate(arms):
+            draw.text((4, row * (tile + 4) + tile // 2), {"bc": "plain BC", "rabc": "RA-BC"}.get(arm, arm), "black", font)
+            for column, r in enumerate(done[arm]):
+                x, y, images = left + column * (tile + 4), row * (tile + 4), r.images[camera]
+                page.paste(Image.fromarray(np.asarray(images[min(t, len(images) - 1)])), (x, y))
+                if t >= len(images) - 1:
+                    colour = charts.PREDICTED if r.success else charts.ACCENT
+                    draw.rectangle((x, y, x + tile - 1, y + tile - 1), outline=colour, width=6)
+        pages.append(page)
+    charts.save_film(path, pages, len(pages) * every / 40)
 
 
 def table(found: dict) -> str:
@@ -195,8 +233,12 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1)))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--work", default="outputs/work/experiment")
+    parser.add_argument("--film", type=Path, help="where to put a moving picture of bc and rabc, instead of running anything")
     arguments = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // arguments.jobs)))
+    if arguments.film:
+        where = arguments.kind, arguments.device, Path(arguments.work)
+        return film(arguments.film, ["bc", "rabc"], arguments.seeds[0], *where)
     given = {key: json.loads(value) for key, value in (item.split("=", 1) for item in arguments.set)}
     settings = {**POLICY, "policy.steps": arguments.steps, **given, "base.outputs": "outputs"}
     overrides = json.dumps(settings, sort_keys=True)

@@ -6,6 +6,7 @@ mouse as well in a notebook that somebody has open.
 """
 
 import io
+from pathlib import Path
 
 import altair as alt
 import numpy as np
@@ -178,8 +179,15 @@ def moving_episode(
         draw = ImageDraw.Draw(page)
         draw.line((x, top, x, top + height), fill="black")
         draw.ellipse((x - 5, y - 5, x + 5, y + 5), fill=ACCENT)
-        pages.append(page.quantize(method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE))
+        pages.append(page)
     return pages
+
+
+def save_film(path: Path, pages: list[Image.Image], seconds: float) -> None:
+    """Pictures of one size as a GIF that takes so long, rests at its end, and begins again."""
+    pages = [page.quantize(method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE) for page in pages]
+    durations = [max(20, round(1000 * seconds / len(pages)))] * (len(pages) - 1) + [2000]
+    pages[0].save(path, save_all=True, append_images=pages[1:], duration=durations, loop=0, optimize=True)
 
 
 def stage_probabilities(probabilities: np.ndarray, names: list[str], fps: int) -> alt.Chart:

@@ -239,9 +239,7 @@ def save_film(
         dataset.fps,
         f"episode {episode.index} ({episode.group}), {head} head",
     )
-    seconds = 3 * episode.length / dataset.fps
-    durations = [max(20, round(1000 * seconds / len(pages)))] * (len(pages) - 1) + [2000]
-    pages[0].save(path, save_all=True, append_images=pages[1:], duration=durations, loop=0, optimize=True)
+    charts.save_film(path, pages, 3 * episode.length / dataset.fps)
 
 
 def picture(
