@@ -10,10 +10,8 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ |= {
-    "SARM_HEADLESS": "1",
-    "TQDM_DISABLE": "1",
-}  # notebooks run as stages do, and no page hangs on the time it takes
+# notebooks run as stages do, and no page hangs on the time it takes
+os.environ |= {"SARM_HEADLESS": "1", "TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 os.environ["OMP_NUM_THREADS"] = "1"  # sums in one order, here and in the kernels that tests start
 
 import nbformat
