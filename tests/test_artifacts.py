@@ -46,7 +46,15 @@ def test_a_change_of_a_module_outdates_what_it_made(artifact, module, tmp_path, 
 
 
 def test_the_policies_do_not_depend_on_the_reward_model():
-    assert artifacts.import_closure({"policy"}) == {"policy", "artifacts", "dataset", "losses", "schedule", "small_pi0"}
+    assert artifacts.import_closure({"policy"}) == {
+        "policy",
+        "artifacts",
+        "dataset",
+        "live",
+        "losses",
+        "schedule",
+        "small_pi0",
+    }
     assert artifacts.import_closure({"rabc"}) == {"rabc", "artifacts", "dataset"}
 
 
