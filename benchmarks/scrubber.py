@@ -47,7 +47,7 @@ SCRUBBER = """\
 from pathlib import Path
 from sarm_lib.annotations import Annotation, Segment
 from sarm_lib.dataset import open_dataset
-from sarm_lib.widgets import Scrubber
+from sarm_lib.widgets.scrubber import Scrubber
 dataset = open_dataset("dataset")
 given = [Annotation(e.index, e.length, "", (Segment("task", 0, e.length - 1),), None) for e in dataset.episodes]
 Scrubber(dataset, given, {"sparse": ["task"]}, order=[1], corrections=Path("corrections.yaml"))"""

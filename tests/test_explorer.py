@@ -14,9 +14,9 @@ from PIL import Image
 
 from sarm_lib.charts import PREDICTED, STAGE_COLOURS, TARGET
 from sarm_lib.dataset import open_dataset
-from sarm_lib.explorer import Explorer, Panel, of_scores, packed, picture, save_film
 from sarm_lib.progress import Scores
 from sarm_lib.stages import Labels
+from sarm_lib.widgets.explorer import Explorer, Panel, of_scores, packed, picture, save_film
 
 from . import lab as in_lab
 from .conftest import LENGTHS, ROOT
@@ -279,7 +279,7 @@ def test_a_film_of_an_episode(opened, scored, tmp_path):
 CODE = """\
 import numpy as np
 from sarm_lib.dataset import open_dataset
-from sarm_lib.explorer import Explorer, Panel
+from sarm_lib.widgets.explorer import Explorer, Panel
 def panels(episode):
     t = np.linspace(0, 1, episode.length)
     if episode.index == 1:

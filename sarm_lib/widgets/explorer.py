@@ -1,30 +1,24 @@
 """The explorer: look at an episode frame by frame, with curves that move along. It reads, and changes nothing.
 
 Frames of all cameras stand over any number of panels: progress and its target, stage probabilities, weights, actions.
-Only the episode that is shown is asked for its panels, and its frames are decoded when they are looked at. Both travel
-in messages of their own (float32 and JPEG), so that a saved notebook holds neither. explorer.js draws.
+Only the episode that is shown is asked for its panels, which travel as float32 in a message of their own: a saved notebook
+does not hold them. explorer.js draws.
 """
 
-import logging
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-import anywidget
 import numpy as np
-import traitlets
 from PIL import Image
 
 from sarm_lib import charts
 from sarm_lib.charts import PREDICTED, STAGE_COLOURS, TARGET
-from sarm_lib.dataset import Dataset, DatasetError, Episode
-from sarm_lib.frames import FrameReader, jpeg
+from sarm_lib.dataset import Dataset, Episode
 from sarm_lib.progress import Scores
 from sarm_lib.stages import Labels
-
-log = logging.getLogger(__name__)
+from sarm_lib.widgets.player import Player, source
 
 
 @dataclass(frozen=True)
@@ -43,24 +37,17 @@ class Panel:
     dashed: tuple[str, ...] = ()  # names of curves
 
 
-class Explorer(anywidget.AnyWidget):
+class Explorer(Player):
     """Shows the episodes in `order` with `reasons` (why one is worth a look), and `panels(episode)` of the shown one.
 
     Raises ValueError for panels of the first episode that are not right; those of a later one are told in the view.
     """
 
-    _esm = Path(__file__).with_name("explorer.js")
-    _css = Path(__file__).with_name("explorer.css")
+    _esm = source("player.js", "explorer.js")
+    _css = source("player.css", "explorer.css")
 
-    fps = traitlets.Float().tag(sync=True)
-    cameras = traitlets.List().tag(sync=True)
-    picker = traitlets.List().tag(sync=True)  # [episode, reason]
-    episode = traitlets.Int().tag(sync=True)
-    length = traitlets.Int().tag(sync=True)
-    frame = traitlets.Int().tag(sync=True)  # where the view came to rest, and starts when the page is loaded again
-    error = traitlets.Unicode().tag(sync=True)
-
-    COMMANDS = frozenset(("send_frame", "send_panels", "rest", "show_episode"))
+    COMMANDS = Player.COMMANDS | {"send_panels"}
+    ASKING = Player.ASKING | {"send_panels"}
     # Where an explorer of the same episodes was left, (episode, frame): a cell that runs again goes on from there.
     PLACES: ClassVar[dict[tuple, tuple[int, int]]] = {}
 
@@ -72,21 +59,11 @@ class Explorer(anywidget.AnyWidget):
         order: list[int] | None = None,
         reasons: dict[int, str] | None = None,
     ):
-        self._dataset, self._panels_of, self._reader = dataset, panels, FrameReader(dataset)
-        self._episodes = {e.index: e for e in dataset.episodes}
-        known = [int(i) for i in (self._episodes if order is None else order)]  # int: pandas gives its own
-        unknown = [i for i in known if i not in self._episodes]
-        if unknown or not known:
-            raise ValueError(f"order: the dataset has no episodes {unknown}" if unknown else "no episode to show")
-        self._one = threading.Lock()  # JupyterLab's first messages come in two threads, and a decoder knows only one
+        self._panels_of = panels
         self._panels: list[tuple[dict, bytes]] = []  # of the shown episode: what to draw, and its values
+        super().__init__(dataset, [e.index for e in dataset.episodes] if order is None else order, reasons)
+        known = [i for i, _ in self.picker]
         self._key = (dataset.root, *known)
-        super().__init__(
-            fps=dataset.fps,
-            cameras=[key.removeprefix("observation.").removeprefix("images.") for key in dataset.camera_keys],
-            picker=[[i, (reasons or {}).get(i, "")] for i in known],
-        )
-        self.on_msg(self._receive)
         self.show_episode(*self.PLACES.get(self._key, (known[0], 0)))
 
     def __repr__(self) -> str:
@@ -95,31 +72,6 @@ class Explorer(anywidget.AnyWidget):
 
     # --- commands: the view sends them, and tests call them -----------------------------------------------------------
 
-    def _receive(self, _, content: dict, buffers: list) -> None:
-        """Run a command of the view; what goes wrong is shown there."""
-        arguments = dict(content)
-        command = arguments.pop("do", None)
-        if command not in self.COMMANDS:
-            self.error = f"unknown command {command!r}"
-            return
-        try:
-            with self._one:
-                getattr(self, command)(**arguments)
-        except ValueError as error:
-            self.error = str(error)
-
-    def send_frame(self, episode: int, frame: int) -> None:
-        """Send one frame, a JPEG a camera."""
-        if episode != self.episode:  # the person has moved on
-            return
-        shown, images, problem = self._episodes[episode], [], ""
-        try:
-            images = [jpeg(self._reader.read(shown, key, frame)) for key in self._dataset.camera_keys]
-        except DatasetError as error:
-            log.warning("%s", error)
-            images, problem = [], str(error)
-        self.send({"episode": episode, "frame": frame, "error": problem}, buffers=images)
-
     def send_panels(self, episode: int) -> None:
         """Send the panels, each with its curves' values one after the other, (curves, T) float32."""
         if episode == self.episode:
@@ -127,15 +79,10 @@ class Explorer(anywidget.AnyWidget):
             self.send(content, buffers=[values for _, values in self._panels])
 
     def rest(self, episode: int, frame: int) -> None:
-        """Remember where the view has stopped."""
-        if episode == self.episode:
-            self.frame = frame
-            if self.PLACES.get(self._key, (None,))[0] == episode:  # an episode that failed is not gone back to
-                self.PLACES[self._key] = (episode, frame)
-
-    def look_at(self, frame: int) -> None:
-        """Move the view's playhead. A message, as the view's own position may be newer than the trait."""
-        self.send({"go": min(max(frame, 0), self.length - 1)})
+        """Remember where the view has stopped, for the next explorer too."""
+        super().rest(episode, frame)
+        if self.PLACES.get(self._key, (None,))[0] == episode == self.episode:  # one that failed is not gone back to
+            self.PLACES[self._key] = (episode, frame)
 
     def show_episode(self, episode: int, frame: int = 0) -> None:
         """Show an episode. Raises ValueError for panels that are not right; then its frames are shown without any."""

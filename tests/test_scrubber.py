@@ -15,7 +15,7 @@ from PIL import Image
 from sarm_lib.annotations import Annotation, AnnotationError, Segment, validate
 from sarm_lib.corrections import of_now, read_corrections, read_marks, record_correction
 from sarm_lib.dataset import open_dataset
-from sarm_lib.widgets import SHORTEST, Scrubber, boundaries, moved, removed, split, spread
+from sarm_lib.widgets.scrubber import SHORTEST, Scrubber, boundaries, moved, removed, split, spread
 
 from .conftest import CAMERAS, LENGTHS, ROOT
 
@@ -426,7 +426,7 @@ def test_marking_starts_with_what_the_annotator_says(opened, annotations, tmp_pa
 def test_an_executed_notebook_goes_on_and_stays_small(tiny):
     source = f"""
 from sarm_lib.dataset import open_dataset
-from sarm_lib.widgets import Scrubber
+from sarm_lib.widgets.scrubber import Scrubber
 Scrubber(open_dataset({str(tiny)!r}), [], {{"dense": ["reach", "grasp"]}}, marks="marks.yaml")"""
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
     NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(ROOT)}}).execute()

@@ -20,7 +20,7 @@ CODE = """\
 from pathlib import Path
 from sarm_lib.annotations import Annotation, Segment
 from sarm_lib.dataset import open_dataset
-from sarm_lib.widgets import Scrubber
+from sarm_lib.widgets.scrubber import Scrubber
 dataset = open_dataset("dataset")
 dense = lambda n: (Segment("reach", 0, 4), Segment("grasp", 5, 8), Segment("lift", 9, n - 1))
 annotations = [Annotation(e.index, e.length, "test", (Segment("task", 0, e.length - 1),), dense(e.length)) for e in dataset.episodes]

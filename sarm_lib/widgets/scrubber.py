@@ -2,25 +2,21 @@
 
 It verifies annotations (accept, fix or reject: `corrections.yaml`) or marks episodes from scratch (`marks.yaml`). The
 files are the result, so it never has to be waited for: a notebook shows it and goes on. scrubber.js draws and sends
-commands; every edit is made and checked here. Frames are decoded when they are looked at and travel as JPEGs in
-messages of their own, so that a saved notebook holds none of them.
+commands; every edit is made and checked here.
 """
 
-import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import anywidget
 import traitlets
 
 from sarm_lib import corrections as files
 from sarm_lib.annotations import Annotation, AnnotationError, Segment, validate, violations
 from sarm_lib.charts import STAGE_COLOURS
-from sarm_lib.dataset import Dataset, DatasetError
-from sarm_lib.frames import FrameReader, jpeg
+from sarm_lib.dataset import Dataset
+from sarm_lib.widgets.player import Player, source
 
-log = logging.getLogger(__name__)
 Segments = tuple[Segment, ...]
 Heads = dict[str, Segments]
 SHORTEST = 2  # frames of a segment: the gate refuses one without a duration
@@ -105,7 +101,7 @@ def spread(names: list[str], length: int) -> Segments:
 # --- the widget -------------------------------------------------------------------------------------------------------
 
 
-class Scrubber(anywidget.AnyWidget):
+class Scrubber(Player):
     """Shows episodes in `order` (worst first) with `reasons` (why one is suspicious), and writes what a person says.
 
     Give `corrections` to verify `annotations`, or `marks` to mark episodes, beginning with `annotations` where there
@@ -114,30 +110,23 @@ class Scrubber(anywidget.AnyWidget):
     cannot be read.
     """
 
-    _esm = Path(__file__).with_name("scrubber.js")
-    _css = Path(__file__).with_name("scrubber.css")
+    _esm = source("player.js", "scrubber.js")
+    _css = source("player.css", "scrubber.css")
 
     mode = traitlets.Enum(("verify", "mark")).tag(sync=True)
-    fps = traitlets.Int().tag(sync=True)
-    cameras = traitlets.List().tag(sync=True)
     vocabulary = traitlets.Dict().tag(sync=True)  # head: names
     colours = traitlets.List().tag(sync=True)  # of a head's names, in order
-    picker = traitlets.List().tag(sync=True)  # [episode, reason]
     states = traitlets.Dict().tag(sync=True)  # episode (as text, as JSON has it): what became of it
 
-    episode = traitlets.Int().tag(sync=True)
-    length = traitlets.Int().tag(sync=True)
-    frame = traitlets.Int().tag(sync=True)  # where the view came to rest, and starts when the page is loaded again
     head = traitlets.Unicode().tag(sync=True)  # the head that keys edit
     segments = traitlets.Dict().tag(sync=True)  # head: [subtask, first frame, last frame]
     boundaries = traitlets.Dict().tag(sync=True)  # head: [at, low, high, left, right, confidence]
     selected = traitlets.Int(-1).tag(sync=True)  # boundary of `head`, -1 for none
     why = traitlets.Unicode().tag(sync=True)
     status = traitlets.Unicode().tag(sync=True)
-    error = traitlets.Unicode().tag(sync=True)
 
-    COMMANDS = frozenset(
-        "send_frame rest show_episode activate select move nudge split merge rename undo accept fix reject withdraw".split()
+    COMMANDS = Player.COMMANDS | frozenset(
+        "activate select move nudge split merge rename undo accept fix reject withdraw".split()
     )
 
     def __init__(
@@ -153,70 +142,30 @@ class Scrubber(anywidget.AnyWidget):
     ):
         if (corrections is None) == (marks is None):
             raise ValueError("give either corrections (to verify annotations) or marks (to mark episodes)")
-        self._dataset, self._vocabulary, self._reader = dataset, vocabulary, FrameReader(dataset)
-        self._annotations = {a.episode: a for a in annotations}
-        self._episodes = {e.index: e for e in dataset.episodes}
+        self._vocabulary, self._annotations = vocabulary, {a.episode: a for a in annotations}
         self._path = Path(corrections if marks is None else marks)
-        known = order if order is not None else sorted(self._annotations if marks is None else self._episodes)
-        unknown = [i for i in known if i not in self._episodes]
-        if unknown or not known:
-            raise ValueError(f"order: the dataset has no episodes {unknown}" if unknown else "no episode to show")
         self._history: dict[int, list[Heads]] = {}  # of an episode: as annotated first, as shown last
         self._saved: dict[int, Heads] = {}  # as the annotation or the file says
         self._verdicts: dict[int, tuple[str, str, str]] = {}  # of an episode: state, why, note
+        if order is None:
+            order = sorted(self._annotations) if marks is None else [e.index for e in dataset.episodes]
         super().__init__(
+            dataset,
+            order,
+            reasons,
             mode="verify" if marks is None else "mark",
-            fps=dataset.fps,
-            cameras=[key.removeprefix("observation.").removeprefix("images.") for key in dataset.camera_keys],
             vocabulary=vocabulary,
             colours=list(STAGE_COLOURS),
-            picker=[[i, (reasons or {}).get(i, "")] for i in known],
             head=list(vocabulary)[-1],
         )
         self._read_file()
-        self.on_msg(self._receive)
         settled = {i for i, (state, _, _) in self._verdicts.items() if state not in files.UNSETTLED}
-        self.show_episode(next((i for i in known if i not in settled), known[0]))
+        self.show_episode(next((i for i in order if i not in settled), order[0]))
 
     def __repr__(self) -> str:
         return f"Scrubber: {len(self.picker)} episodes to {self.mode}, into {self._path.name}"
 
     # --- commands: the view sends them, and tests call them -----------------------------------------------------------
-
-    def _receive(self, _, content: dict, buffers: list) -> None:
-        """Run a command of the view; what goes wrong is shown there, and nothing is lost."""
-        arguments = dict(content)
-        command = arguments.pop("do", None)
-        if command not in self.COMMANDS:
-            self.error = f"unknown command {command!r}"
-            return
-        if command not in ("send_frame", "rest"):
-            self.error = ""
-        try:
-            getattr(self, command)(**arguments)
-        except (AnnotationError, DatasetError, OSError) as error:
-            self.error = str(error)
-
-    def send_frame(self, episode: int, frame: int) -> None:
-        """Send one frame, a JPEG a camera."""
-        if episode != self.episode:  # the person has moved on
-            return
-        shown, images, problem = self._episodes[episode], [], ""
-        try:
-            images = [jpeg(self._reader.read(shown, key, frame)) for key in self._dataset.camera_keys]
-        except DatasetError as error:
-            log.warning("%s", error)
-            images, problem = [], str(error)
-        self.send({"episode": episode, "frame": frame, "error": problem}, buffers=images)
-
-    def rest(self, episode: int, frame: int) -> None:
-        """Remember where the view has stopped."""
-        if episode == self.episode:
-            self.frame = frame
-
-    def look_at(self, frame: int) -> None:
-        """Move the view's playhead. A message, as the view's own position may be newer than the trait."""
-        self.send({"go": min(max(frame, 0), self.length - 1)})
 
     def show_episode(self, episode: int) -> None:
         """Show an episode; edits of the one before stay as a draft."""
