@@ -1,6 +1,7 @@
 """Does RA-BC help, and how much of the way to an oracle does it go? (`make experiment`, resumable)
 
     python -m benchmarks.experiment [--arms bc rabc ...] [--seeds 0 1 2 3 4] [--jobs 2] [--kind test|tune] [--steps N]
+    python -m benchmarks.experiment --policy multi_task_dit --arms bc rabc  # a second kind of policy
     python -m benchmarks.experiment --film docs/rollouts.gif --seeds 0      # the first starts, by policies that are trained
 
 The same policy, data and training budget for every arm; an arm decides only how often each training frame is drawn
@@ -18,7 +19,9 @@ top_k            as much of the data as rabc keeps, by highest r
 clean_only       the episodes without an imperfection
 
 oracle, success_filter, duration_filter and clean_only know the simulator's truth: they are references, and nothing reads
-what they leave. Starts of `--kind tune` choose the budget and are never reported; those of `test` choose nothing.
+what they leave. The second policy is LeRobot's diffusion transformer on CLIP's picture of a frame, with the demo's own small
+encoder in CLIP's place: another architecture, and a loss that is given as a mean only. Starts of
+`--kind tune` choose the budget and are never reported; those of `test` choose nothing.
 """
 
 import argparse
@@ -32,7 +35,6 @@ from pathlib import Path
 
 ARMS = ("bc", "rabc", "oracle", "shuffled", "success_filter", "rabc_single", "duration_filter", "top_k", "clean_only")
 STARTS = {"tune": range(50_000, 50_050), "test": range(60_000, 60_100)}  # seeds of the simulator; the dataset's are below
-RESULTS = Path(__file__).with_suffix(".json")
 POLICY = {  # beside params.yaml's: the same for every arm
     "policy.weighting": "sampling",
     "policy.steps": 2000,
@@ -40,6 +42,20 @@ POLICY = {  # beside params.yaml's: the same for every arm
     "policy.ema_decay": 0.995,
     "policy.save_every": 500,
     "policy.log_every": 50,
+}
+DIT = {  # LeRobot's configuration of the second policy
+    "objective": "flow_matching",
+    "num_integration_steps": 10,
+    "n_obs_steps": 1,
+    "hidden_dim": 128,
+    "num_layers": 4,
+    "num_heads": 4,
+    "dropout": 0.0,
+    "timestep_embed_dim": 64,
+    "vision_encoder_lr_multiplier": 0.3,
+    "image_crop_shape": None,
+    "tokenizer_max_length": 12,
+    "do_mask_loss_for_padding": True,
 }
 ENVIRONMENTS = 20  # that act together
 
@@ -92,6 +108,16 @@ def single_stage_weights(config, demos, work: Path):
     path = work / "single_stage.parquet"
     progress.ensure_progress(path, config, demos, embeddings, model, "single_stage")
     return rabc.from_params(path, config, demos, embeddings.fingerprint).weight
+
+
+def dit_settings(work: Path) -> dict:
+    """The second policy's parameters, with the demo's encoder in `work` under a name that it takes: one with "clip" in it."""
+    clip = work / "clip"
+    if not clip.exists():
+        work.mkdir(parents=True, exist_ok=True)
+        clip.symlink_to(Path("data/demo/encoder").resolve())
+    config = {**DIT, "vision_encoder_name": str(clip), "text_encoder_name": str(clip)}
+    return {"policy.type": "multi_task_dit", "policy.config": config, "policy.learning_rate": 5e-4}
 
 
 @functools.cache
@@ -227,6 +253,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arms", nargs="*", choices=ARMS, default=list(ARMS[:5]))
     parser.add_argument("--seeds", nargs="*", type=int, default=list(range(5)))
+    parser.add_argument("--policy", choices=("small_pi0", "multi_task_dit"), default="small_pi0")
     parser.add_argument("--kind", choices=STARTS, default="test")
     parser.add_argument("--steps", type=int, default=POLICY["policy.steps"])
     parser.add_argument("--set", nargs="*", default=[], help="other parameters, as policy.batch_size=64")
@@ -236,10 +263,14 @@ def main() -> None:
     parser.add_argument("--film", type=Path, help="where to put a moving picture of bc and rabc, instead of running anything")
     arguments = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // arguments.jobs)))
+    results, work = Path(__file__).with_suffix(".json"), Path(arguments.work)
     if arguments.film:
-        where = arguments.kind, arguments.device, Path(arguments.work)
+        where = arguments.kind, arguments.device, work
         return film(arguments.film, ["bc", "rabc"], arguments.seeds[0], *where)
     given = {key: json.loads(value) for key, value in (item.split("=", 1) for item in arguments.set)}
+    if arguments.policy != "small_pi0":
+        results, work = results.with_stem(f"{results.stem}_{arguments.policy}"), work / arguments.policy
+        given = {**dit_settings(work), **given}
     settings = {**POLICY, "policy.steps": arguments.steps, **given, "base.outputs": "outputs"}
     overrides = json.dumps(settings, sort_keys=True)
     jobs = [(arm, seed) for seed in arguments.seeds for arm in arguments.arms]
@@ -247,7 +278,7 @@ def main() -> None:
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(arguments.jobs, mp_context=context) as pool:
         futures = {
-            pool.submit(run, arm, seed, arguments.kind, overrides, arguments.device, arguments.work): (arm, seed)
+            pool.submit(run, arm, seed, arguments.kind, overrides, arguments.device, str(work)): (arm, seed)
             for arm, seed in jobs
         }
         for future in concurrent.futures.as_completed(futures):
@@ -257,7 +288,7 @@ def main() -> None:
             print(f"{arm} {seed}: {runs[arm][seed]['successes']} of {runs[arm][seed]['rollouts']}, {took}", flush=True)
             found = report({arm: by_seed for arm, by_seed in runs.items() if by_seed}, settings)
             if arguments.kind == "test":
-                RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+                results.write_text(json.dumps(found, indent=1) + "\n")
     print(table(found))
 
 

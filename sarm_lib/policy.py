@@ -247,7 +247,9 @@ class CachedFrames:
     chunk_size: int
     images: dict[str, np.ndarray]  # a camera: (M, 3, H, W) uint8
     position: np.ndarray  # (N,) row of the dataset -> row of `images`, -1 where it is not held
-    observation_deltas: tuple[int, ...] | None = None  # frames a policy sees beside the current one: 0 is that
+    observation_deltas: tuple[int, ...] | None = (
+        None  # frames a policy sees, 0 the current one; None: that, without a time axis
+    )
     action_deltas: tuple[int, ...] | None = None  # actions it learns; None for the chunk from the current frame on
 
     def batches(self, rows: Iterable[np.ndarray]) -> Iterator[dict[str, Any]]:
@@ -343,7 +345,7 @@ def frames_of(settings, dataset: Dataset, episodes: Sequence[Episode], device: s
     """The same, for some episodes."""
     config = make_config(settings, device)
     seen, learned = config.observation_delta_indices, config.action_delta_indices
-    deltas = tuple(seen) if seen and list(seen) != [0] else None, tuple(learned) if learned else None
+    deltas = None if seen is None else tuple(seen), None if learned is None else tuple(learned)
     if not settings.cache_frames:
         return StreamedFrames(dataset, settings.chunk_size, settings.num_workers, *deltas)
     resolution = getattr(config, "image_resolution", None) or getattr(config, "resize_imgs_with_padding", None)
@@ -406,6 +408,20 @@ class Draws:
         """Rows (samples,) of a step."""
         uniform = np.random.default_rng([self.seed, step]).random(samples)
         return self.rows[np.searchsorted(self.cumulative, uniform, side="right")]
+
+
+def make_optimizer(policy: PreTrainedPolicy, rate: float) -> torch.optim.Optimizer:
+    """LeRobot's optimizer of this policy, for what is trained. rate: the peak; where the policy has parts that learn slower
+    (ACT's backbone, the vision encoder of the DiT), their share of it stays."""
+    preset, groups = policy.config.get_optimizer_preset(), policy.get_optim_params()
+    if not isinstance(groups, dict):  # a dict names its parameters, and LeRobot's optimizer sorts them itself
+        groups = list(groups)
+        groups = groups if isinstance(groups[0], dict) else [{"params": groups}]
+        groups = [{**group, "params": [p for p in group["params"] if p.requires_grad]} for group in groups]
+    optimizer = preset.build(groups)
+    for group in optimizer.param_groups:
+        group["lr"] = rate * (group["lr"] / preset.lr)
+    return optimizer
 
 
 class Average:
@@ -472,10 +488,7 @@ def train_arm(
     policy, preprocessor, postprocessor = make(settings, dataset, device)
     saved = adapted(policy, settings)
     trainable = [p for p in policy.parameters() if p.requires_grad]
-    preset = policy.config.get_optimizer_preset()
-    optimizer = preset.build(trainable)
-    for group in optimizer.param_groups:
-        group["lr"] = settings.learning_rate
+    optimizer = make_optimizer(policy, settings.learning_rate)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda s: learning_rate(s, settings.steps, settings.warmup_steps)
     )
@@ -510,7 +523,7 @@ def train_arm(
                     loss = model(batch, weight[part], weight.sum(), parts, *noise)
                 accelerator.backward(loss / settings.accumulate)
             step_loss += loss.detach() / settings.accumulate
-        accelerator.clip_grad_norm_(trainable, preset.grad_clip_norm)
+        accelerator.clip_grad_norm_(trainable, policy.config.get_optimizer_preset().grad_clip_norm)
         optimizer.step()
         scheduler.step()
         average.update()
@@ -547,7 +560,7 @@ def estimate(params, dataset: Dataset, frames: CachedFrames | StreamedFrames, de
     policy, preprocessor, _ = make(settings, dataset, device)
     adapted(policy, settings)
     trainable = [p for p in policy.parameters() if p.requires_grad]
-    optimizer = policy.config.get_optimizer_preset().build(trainable)
+    optimizer = make_optimizer(policy, settings.learning_rate)
     loss = WeightedLoss(policy, params.rabc.epsilon, settings.noise_draws).train()
     draws = Draws(rows_of(dataset.split("train")), None, False, 0)
     batches = frames.batches(draws.at(i, settings.batch_size) for i in range(TRIAL_STEPS))

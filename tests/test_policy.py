@@ -345,18 +345,46 @@ ACT = {
 }  # fmt: skip
 
 
-def test_a_policy_whose_loss_cannot_be_weighted_learns_from_drawn_frames(in_project, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["act", "multi_task_dit"])
+def test_a_policy_whose_loss_cannot_be_weighted_learns_from_drawn_frames(
+    kind, in_project, tiny_encoder, tmp_path, monkeypatch
+):
     config, dataset = in_project
-    changes = {"type": "act", "config": ACT, "weighting": "sampling", "steps": 2}
+    clip = str(tiny_encoder)
+    dit = {"vision_encoder_name": clip, "text_encoder_name": clip, "n_obs_steps": 1, "hidden_dim": 16}
+    dit |= {
+        "num_layers": 1,
+        "num_heads": 2,
+        "num_train_timesteps": 2,
+        "image_crop_shape": None,
+        "tokenizer_max_length": 12,
+    }
+    changes = {"type": kind, "config": ACT if kind == "act" else dit, "weighting": "sampling", "steps": 2}
     params = config.model_copy(update={"policy": config.policy.model_copy(update=changes)})
     monkeypatch.setattr(type(config.paths), "write", lambda _, name: tmp_path / name)
     weights = np.linspace(0, 1, dataset.num_frames, dtype=np.float32)
     cached = policy.frames_for(params.policy, dataset, ("train",), "cpu")
-    curve = policy.train_arm(policy.Arm("rabc", weights), params, dataset, cached, "cpu", tmp_path / "act")
+    curve = policy.train_arm(policy.Arm("rabc", weights), params, dataset, cached, "cpu", tmp_path / kind)
     assert np.isfinite(curve[-1]["loss"]) and curve[-1]["rabc_num_zero"] == 0
-    loaded, before, after = policy.load(tmp_path / "act", "cpu")
+    loaded, before, after = policy.load(tmp_path / kind, "cpu")
     batch = cached.batch(np.array([dataset.split("train")[0].row]))
-    assert after(loaded.select_action(before({k: v for k, v in batch.items() if k != "action"}))).shape == (1, 2)
+    seen = {
+        k: v[:, -1] if kind != "act" and k.startswith("observation") else v for k, v in batch.items() if k != "action"
+    }
+    assert after(loaded.select_action(before(seen))).shape == (1, 2)
+
+
+def test_parts_that_learn_slower_keep_their_share_of_the_rate(in_project):
+    config, dataset = in_project
+    changes = {
+        "type": "act",
+        "config": {**ACT, "optimizer_lr": 1e-4, "optimizer_lr_backbone": 1e-5},
+        "weighting": "sampling",
+    }
+    made, _, _ = policy.make(config.policy.model_copy(update=changes), dataset, "cpu")
+    groups = policy.make_optimizer(made, 3e-4).param_groups
+    assert [group["lr"] for group in groups] == pytest.approx([3e-4, 3e-5])
+    assert {id(p) for group in groups for p in group["params"]} == {id(p) for p in made.parameters() if p.requires_grad}
 
 
 def test_two_processes_learn_what_one_with_twice_the_batch_learns(project, tmp_path):
