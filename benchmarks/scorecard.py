@@ -90,7 +90,7 @@ def main() -> None:
     embeddings = encoder.open_embeddings(base.paths.read("embeddings", "00_prepare"), demos)
     labels = lerobot_io.read_labels(base.paths.read("dataset/meta", "02_verify").parent, demos, base.heads)
     clip = encoder.from_params(base, device)
-    texts = [clip.texts(said) if said else None for said in (base.visualize.other_tasks, base.visualize.paraphrases)]
+    instead = scorecard.instructions(base.visualize, demos.tasks, clip)
     test = scorecard.test_episodes(demos, labels)
     references = scorecard.references(demos, labels, test, base.base.truth_prefix)
     cards, validation, path = {}, {}, base.paths.root / "benchmarks/scorecard.json"
@@ -106,7 +106,7 @@ def main() -> None:
         training.train_into(folder, model, sampler, validate, config, made_from, device)
         model = checkpoint.load_reward_model(folder, device)
         store = progress.frame_store(shown, embeddings, model)
-        cards[name] = scorecard.card(references, scorecard.predictions(model, store, test, 1, *texts))
+        cards[name] = scorecard.card(references, scorecard.predictions(model, store, test, 1, instead))
         log = artifacts.read_json_lines(folder / checkpoint.LOG)
         validation[name] = round(min(line["val_rmse"] for line in log if "val_rmse" in line), 6)
         print(scorecard.table({name: cards[name]}, ["mse_truth", "stage_accuracy_dense", "retry_order"]).to_string())

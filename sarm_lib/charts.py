@@ -89,7 +89,7 @@ def episode_lengths(table: pd.DataFrame) -> alt.Chart:
         .encode(
             x=alt.X("low:Q", bin="binned", title="length (s)"),
             x2="high:Q",
-            y=alt.Y("episodes:Q", stack="zero", title="episodes"),
+            y=alt.Y("episodes:Q", stack="zero", title="episodes", axis=alt.Axis(tickMinStep=1)),
             color=alt.Color("split:N", scale=stage_scale(["train", "val", "test"])),
         )
         .properties(width=WIDTH, height=HEIGHT)
@@ -269,13 +269,14 @@ def linked_episodes(
 
     chosen = alt.selection_point(fields=["episode"], value=[{"episode": int(table.episode.iloc[0])}], toggle=False)
     groups = list(dict.fromkeys(sorted(table.group.astype(str))))
+    legend = {"title": None} if len(groups) > 1 else {"legend": None}
     dots = (
         alt.Chart(table, title=title)
         .mark_circle(stroke="black")
         .encode(
-            x=alt.X("seconds:Q", title="length (s)", scale=alt.Scale(zero=False)),
+            x=alt.X("seconds:Q", title="length (s)", scale=alt.Scale(zero=False, padding=12)),
             y=alt.Y(f"{measure}:Q"),
-            color=alt.Color("group:N", scale=stage_scale(groups), title=None),
+            color=alt.Color("group:N", scale=stage_scale(groups), **legend),
             size=alt.condition(chosen, alt.value(160), alt.value(60)),
             strokeWidth=alt.condition(chosen, alt.value(2), alt.value(0)),
             tooltip=["episode:Q", "group:N", "seconds:Q", alt.Tooltip(f"{measure}:Q", format=".3f")],
@@ -287,7 +288,7 @@ def linked_episodes(
         alt.Chart(table)
         .transform_filter(chosen)
         .transform_calculate(
-            said="'episode ' + datum.episode + ' (' + datum.group + ')' + (datum.why ? ': ' + datum.why : '')"
+            said="'episode ' + datum.episode + (datum.group == 'all' ? '' : ' (' + datum.group + ')') + (datum.why ? ': ' + datum.why : '')"
         )
         .mark_text(align="left", fontSize=13, limit=WIDTH)
         .encode(x=alt.value(6), y=alt.value(12), text="said:N")
@@ -499,11 +500,14 @@ def boundary_errors(errors: dict[str, list[float]], limit: int, title: str) -> a
             found = "missed" if i == limit else "found"
             row = {"reference": name, "low": i - 0.5, "high": i + 0.5, "share": n / len(values), "is": found}
             rows += [row] if n else []
+    scale = alt.Scale(domain=[-0.5, limit + 0.5], nice=False)
+    places = [*range(0, limit - limit // 8, max(1, limit // 8)), limit]
+    axis = alt.Axis(values=places, labelExpr=f"datum.value == {limit} ? '{limit} or more' : datum.value")
     bars = (
         alt.Chart(pd.DataFrame(rows))
         .mark_bar()
         .encode(
-            x=alt.X("low:Q", bin="binned", title="frames off", scale=alt.Scale(domain=[-0.5, limit + 0.5], nice=False)),
+            x=alt.X("low:Q", bin="binned", title="frames off", scale=scale, axis=axis),
             x2="high:Q",
             y=alt.Y("share:Q", title="share", scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(tickCount=3)),
             color=alt.Color("is:N", scale=alt.Scale(domain=["found", "missed"], range=[PREDICTED, ACCENT]), title=None),

@@ -206,6 +206,7 @@ class CorrectionsFile(BaseModel):
 
 
 FORMS = {"marks": MarksFile, "corrections": CorrectionsFile}
+KEYS = {"marks": "annotate.marks", "corrections": "verify.corrections"}  # where params.yaml names the files
 
 
 def json_schema(kind: Kind) -> dict:
@@ -260,6 +261,15 @@ def marks_from_params(params, dataset: Dataset) -> list[Annotation]:
     return read_marks(params.paths.resolve(params.annotate.marks), dataset, vocabulary(params))
 
 
+def is_about_another(path: Path, kind: Kind, named: str | None, fingerprint: str) -> str:
+    """What to say of a file that names another dataset than the one with this fingerprint."""
+    return (
+        f"{path.name} is about another dataset ({named}, this one is {fingerprint}): name another file in params.yaml "
+        f"({KEYS[kind]}), or, if it is the same recording with episodes added at its end, put this fingerprint there: "
+        f"`dataset: {fingerprint}` in {path}"
+    )
+
+
 def _entries(path: Path, kind: Kind, dataset: Dataset) -> list:
     """The entries of a file that is about this dataset; an episode stands there once."""
     if not path.exists():
@@ -271,10 +281,7 @@ def _entries(path: Path, kind: Kind, dataset: Dataset) -> list:
         raise AnnotationError(_explain(path, kind, content, error)) from None
     name = fingerprint(dataset.root)
     if file.dataset != name:
-        raise AnnotationError(
-            f"{path.name} is about another dataset ({file.dataset}, this one is {name}): name another file in "
-            "params.yaml, or, if it is the same recording, put this fingerprint there"
-        )
+        raise AnnotationError(is_about_another(path, kind, file.dataset, name))
     entries = getattr(file, kind) or []
     episodes = [entry.episode for entry in entries]
     for episode in episodes:

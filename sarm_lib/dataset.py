@@ -8,6 +8,8 @@ import hashlib
 import io
 import itertools
 import json
+import math
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -49,6 +51,11 @@ class Episode:
     def rows(self) -> slice:
         return slice(self.row, self.row + self.length)
 
+    @property
+    def title(self) -> str:
+        """What a figure calls it."""
+        return f"episode {self.index}" + (f" ({self.group})" if self.group != "all" else "")
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -87,9 +94,10 @@ class Dataset:
 
     @cached_property
     def tasks(self) -> list[str]:
-        """Task texts in the order of their index."""
+        """Task texts by their number; an unused number has an empty one."""
         tasks = pd.read_parquet(self.root / "meta/tasks.parquet")
-        return list(tasks.sort_values("task_index").index)
+        texts = dict(zip(tasks.task_index.tolist(), tasks.index.astype(str)))
+        return [texts.get(i, "") for i in range(max(texts, default=-1) + 1)]
 
     def split(self, name: str) -> tuple[Episode, ...]:
         return tuple(episode for episode in self.episodes if episode.split == name)
@@ -376,7 +384,7 @@ def open_dataset(
                 f"delete it with lerobot-edit-dataset --operation.type delete_episodes"
             )
     groups = _groups(table, group_key)
-    splits = _splits(info, len(table), val_fraction, test_fraction, seed)
+    splits = _splits(info, groups, val_fraction, test_fraction, seed)
     kept = _keep(splits, max_episodes)
     episodes, row = [], 0
     for index in kept:
@@ -395,8 +403,16 @@ def open_dataset(
 
 
 def _check_frames(dataset: Dataset) -> None:
-    """Every frame is where the episode table says, at the time that its number says."""
-    frames = dataset.frames
+    """Every frame is where the episode table says, at the time that its number says, and its task has a text."""
+    frames, texts = dataset.frames, dataset.tasks
+    numbers = frames.task_index.to_numpy()
+    for number in np.unique(numbers).tolist():
+        if not (0 <= number < len(texts) and texts[number].strip()):
+            episode = int(frames.episode_index.to_numpy()[(numbers == number).argmax()])
+            raise DatasetError(
+                f"episode {episode}: meta/tasks.parquet has no text for its task, number {number}: write there what the robot "
+                "does (lerobot-edit-dataset --operation.type modify_tasks)"
+            )
     expected = np.concatenate([np.arange(e.start, e.start + e.length) for e in dataset.episodes])
     within = expected - np.concatenate([np.full(e.length, e.start) for e in dataset.episodes])
     late = np.abs(frames.timestamp.to_numpy() - within / dataset.fps) > 0.5 / dataset.fps
@@ -410,6 +426,15 @@ def _check_frames(dataset: Dataset) -> None:
                 f"episode {int(where.episode_index)}: frame {int(where.frame_index)} {what}: record or download it again, "
                 "or delete the episode with lerobot-edit-dataset"
             )
+
+
+def few_held_out(dataset: Dataset, enough: int = 10) -> str:
+    """What to say where val or test has fewer than `enough` episodes; nothing where it is enough."""
+    few = {name: len(dataset.split(name)) for name in ("val", "test") if len(dataset.split(name)) < enough}
+    if not few:
+        return ""
+    counted = " and ".join(f"{name} has {count}" for name, count in few.items())
+    return f"{counted} episode(s): what is said of so few is weak (base.val_fraction, base.test_fraction)"
 
 
 def from_params(params) -> Dataset:
@@ -581,17 +606,18 @@ def _without_statistics(path: Path) -> pd.DataFrame:
 
 
 def _groups(table: pd.DataFrame, group_key: str | None) -> list[str]:
-    if group_key is None:
-        return ["all"] * len(table)
+    if group_key is None:  # several tasks are the kinds that every dataset names
+        tasks = ["; ".join(texts) for texts in table.tasks] if "tasks" in table else []
+        return tasks if len(set(tasks)) > 1 else ["all"] * len(table)
     if group_key not in table:
         columns = ", ".join(n for n in table.columns if table[n].dtype == object)
         raise DatasetError(f"base.group_key: the episodes have no column {group_key!r}; text columns are {columns}")
     return table[group_key].astype(str).tolist()
 
 
-def _splits(info: dict, count: int, val: float, test: float, seed: int) -> list[str]:
-    """The dataset's own splits (`meta/info.json`), or drawn episodes where it names no val split."""
-    names = ["train"] * count
+def _splits(info: dict, groups: list[str], val: float, test: float, seed: int) -> list[str]:
+    """The dataset's own splits (`meta/info.json`), or drawn episodes of every group where it names no val split."""
+    count = len(groups)
     own = info.get("splits") or {}
     if set(own) - {"train"}:
         if set(own) != set(SPLITS):
@@ -606,17 +632,36 @@ def _splits(info: dict, count: int, val: float, test: float, seed: int) -> list[
                 f"meta/info.json: the splits {listed} do not hold each of the {count} episodes once, and one at least "
                 "each: correct them, or leave train alone for splits by base.val_fraction and base.test_fraction"
             )
-        for split, (start, stop) in bounds.items():
-            names[start:stop] = [split] * (stop - start)
-        return names
-    order = np.random.default_rng(seed).permutation(count)
-    held = {"val": max(1, round(val * count)), "test": max(1, round(test * count))}
-    if sum(held.values()) >= count:
-        raise DatasetError(f"base.val_fraction, base.test_fraction: of {count} episodes they leave none to train on")
-    for i in order[: held["val"]]:
-        names[i] = "val"
-    for i in order[held["val"] : held["val"] + held["test"]]:
-        names[i] = "test"
+        return [split for i in range(count) for split, (start, stop) in bounds.items() if start <= i < stop]
+    return _drawn(groups, {"test": test, "val": val}, seed)
+
+
+def _drawn(groups: list[str], shares: dict[str, float], seed: int) -> list[str]:
+    """A split for every episode: of each group, one episode of every run of 1 / share goes there, drawn by that run alone.
+
+    So every group is held out in proportion, and so is every part of a long day of recording, and an episode that is
+    appended moves no other one to another split.
+    """
+    members = {name: [i for i, group in enumerate(groups) if group == name] for name in dict.fromkeys(groups)}
+    taken: dict[str, set[int]] = {name: set() for name in members}  # places within a group, also of episodes to come
+    names = ["train"] * len(groups)
+    for number, (split, share) in enumerate(shares.items()):
+        for group, mine in members.items():
+            draws, runs = [seed, number, zlib.crc32(group.encode())], math.ceil(len(mine) * share - 1e-9)
+            for run in range(runs):
+                ends = (math.ceil(edge / share - 1e-9) for edge in (run, run + 1))
+                if free := [place for place in range(*ends) if place not in taken[group]]:
+                    place = int(np.random.default_rng([*draws, run]).choice(free))
+                    taken[group].add(place)
+                    if place < len(mine):
+                        names[mine[place]] = split
+        if split not in names and "train" in names:  # too few episodes for a run
+            free = [i for i, name in enumerate(names) if name == "train"]
+            names[int(np.random.default_rng([seed, number]).choice(free))] = split
+    if "train" not in names:
+        raise DatasetError(
+            f"base.val_fraction, base.test_fraction: of {len(groups)} episodes they leave none to train on"
+        )
     return names
 
 

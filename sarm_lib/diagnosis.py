@@ -16,6 +16,7 @@ from sarm_lib.statistics import roc_auc
 
 STALLED = 0.25  # of the mean r: below it a robot does not get on
 BAD_STRETCH_SECONDS = 0.25  # shorter ones are noise
+STEADY = "steady"  # nothing is wrong with an episode
 LITTLE_TO_GAIN = 0.03  # share of frames in bad stretches below which there is nothing to filter
 QUALITY = {"productive": (0,), "recovering": (2,), "bad": (1, 3)}  # values of a simulator's `quality` column
 
@@ -178,12 +179,19 @@ def _why(weights: RabcWeights, rows: np.ndarray, bad: np.ndarray, phi: np.ndarra
         said.append(f"{what} at {first / fps:.1f}-{(last + 1) / fps:.1f} s ({change:+.2f})")
     if phi[rows[-1]] < 0.9:
         said.append(f"ends at {phi[rows[-1]]:.2f}")
-    return "; ".join(said) or "steady"
+    return "; ".join(said) or STEADY
+
+
+def worth_leaving_out(ranking: pd.DataFrame, share: float = 0.1) -> list[int]:
+    """The worst episodes of a `ranking` that something is wrong with, a `share` of them at most."""
+    worst = ranking.head(round(share * len(ranking)))
+    return worst[worst.why != STEADY].episode.tolist()
 
 
 def delete_command(dataset: Dataset, episodes: list[int], folder: str | None = None) -> str:
-    """LeRobot's command that writes the dataset without these episodes. folder: of a local dataset."""
-    repo_id, root = dataset.lerobot_metadata.repo_id, f"--root={folder} " if folder else ""
+    """LeRobot's command that writes the dataset without these episodes. folder: of a local dataset, beside which the copy
+    goes; without it, into LeRobot's cache."""
+    repo_id, root = dataset.lerobot_metadata.repo_id, f"--root={folder} --new_root={folder}_filtered " if folder else ""
     return (
         f"lerobot-edit-dataset --repo_id={repo_id} {root}--new_repo_id={repo_id}_filtered --operation.type=delete_episodes "
         f"--operation.episode_indices='{sorted(episodes)}'"

@@ -128,8 +128,16 @@ def identity(path: str) -> str | None:
 
 
 def from_params(params, device: str) -> Encoder:
-    """The encoder that `prepare.encoder` names."""
-    return load(params.encoder, device, params.prepare.encoder, params.prepare.precision)
+    """The encoder that `prepare.encoder` names. Raises ValueError where it cannot be had."""
+    try:
+        return load(params.encoder, device, params.prepare.encoder, params.prepare.precision)
+    except OSError as error:
+        said = str(error).strip().splitlines()
+        raise ValueError(
+            f"prepare.encoder: {params.prepare.encoder} is neither a folder here nor a model of the Hub that can be loaded now "
+            f"({said[0] if said else type(error).__name__}). Without a network, name a folder that holds a CLIP model in Hugging "
+            "Face format; data/demo/encoder, made for the demo's pictures, shows on any dataset that the pipeline runs"
+        ) from error
 
 
 def ensure_embeddings(folder: Path, params, dataset: Dataset, encoder: Encoder) -> dict:

@@ -28,7 +28,7 @@ from PIL import Image
 
 from sarm_lib import charts
 from sarm_lib.checkpoint import RewardModel
-from sarm_lib.dataset import Episode
+from sarm_lib.dataset import Dataset, Episode
 from sarm_lib.encoder import Embeddings, Encoder
 from sarm_lib.live import bar
 from sarm_lib.policy import CachedFrames, StreamedFrames
@@ -103,6 +103,14 @@ def try_environments(params) -> tuple[list[gymnasium.Env], str | None]:
         return open_environments(make, min(settings.num_environments, settings.rollouts)), None
     except Unavailable as error:
         return [], f"{error}\nActions are compared instead."
+
+
+def task_of(params, dataset: Dataset) -> str:
+    """What the policies are told to do. Raises ValueError where the dataset has several tasks and `evaluate.task` names none."""
+    if params.evaluate.task is None and len(dataset.tasks) > 1:
+        listed = "; ".join(dataset.tasks)
+        raise ValueError(f"evaluate.task: which of the dataset's tasks does the environment pose? They are: {listed}")
+    return params.evaluate.task or dataset.tasks[0]
 
 
 def close(environments: Sequence[gymnasium.Env]) -> None:

@@ -170,7 +170,7 @@ class Visualize(Section):
     head_mode: Literal["sparse", "dense", "both"]
     stride: Positive
     other_tasks: list[str]  # instructions of real other tasks: they should lower progress
-    paraphrases: list[str]  # the task in other words: they should not move it
+    paraphrases: dict[str, list[str]]  # a task of the dataset: the same in other words, which should not move it
 
 
 class Rabc(Section):
@@ -222,6 +222,7 @@ class Evaluate(Section):
     first_seed: Annotated[int, Field(ge=0)]
     num_environments: Positive  # that act together
     max_frames: Positive
+    task: str | None  # what the policies are told; None for the only task of the dataset
     num_visualizations: Annotated[int, Field(ge=0)]  # rollouts of each arm to show
     reference_group: str | None  # without a simulator: test episodes of this group; None for all
 

@@ -79,7 +79,9 @@ def write_sources(root: Path) -> None:
         partial.mkdir()
         for notebook in notebooks(root):
             (partial / f"{notebook.stem}.py").write_text(code_of(notebook))
-        write_json(partial / "dataset.json", describe_dataset(params))
+        described = describe_dataset(params)
+        write_json(partial / "dataset.json", described)
+        check_people(params, described["fingerprint"])
         for kind, path in (("marks", params.annotate.marks), ("corrections", params.verify.corrections)):
             write_json(partial / f"{kind}.json", corrections.contents(params.paths.resolve(path)))
         for name, path in (("reward_model", params.rabc.reward_model_path), ("policy", params.policy.pretrained_path)):
@@ -89,6 +91,20 @@ def write_sources(root: Path) -> None:
         write_json(partial / "progress.json", {"file": file_digest(taken) if taken and taken.is_file() else None})
         write_json(partial / "environment.json", describe_environment(root, params.evaluate.environment))
         write_json(partial / "encoder.json", {"encoder": params.prepare.encoder, "identity": identity(params.encoder)})
+
+
+def check_people(params, fingerprint: str | None) -> None:
+    """Stop before anything runs where marks or corrections are about another local dataset: both are told at once."""
+    asked = {"corrections": params.verify.corrections}
+    if params.base.annotation_mode != "single_stage":
+        asked["marks"] = params.annotate.marks
+    wrong = []
+    for kind, name in asked.items():
+        said = corrections.contents(path := params.paths.resolve(name))
+        if fingerprint and isinstance(said, dict) and said.get("dataset") != fingerprint:  # else stages 01 and 02 tell
+            wrong.append(corrections.is_about_another(path, kind, said.get("dataset"), fingerprint))
+    if wrong:
+        sys.exit("\n".join(wrong))
 
 
 def describe_dataset(params) -> dict[str, Any]:
@@ -193,6 +209,14 @@ def main() -> None:
     logging.getLogger("papermill").setLevel(logging.WARNING)
     logging.getLogger("traitlets").setLevel(logging.ERROR)  # nbconvert counts images without alternative text
     root = find_upwards("params.yaml").parent
+    try:
+        act(arguments, root)
+    except KeyboardInterrupt:
+        print("stopped; what was finished is kept, and the same command goes on from there", file=sys.stderr)
+        sys.exit(130)
+
+
+def act(arguments: argparse.Namespace, root: Path) -> None:
     if arguments.command == "sources":
         write_sources(root)
     elif arguments.command == "run":

@@ -25,7 +25,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
-from diffusers.training_utils import EMAModel
 from huggingface_hub import hf_hub_download
 from lerobot.common.train_utils import load_training_state, save_checkpoint
 from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
@@ -37,7 +36,7 @@ from lerobot.policies import get_policy_class, make_policy, make_pre_post_proces
 from lerobot.policies.common.vla_utils import resize_with_pad_torch
 from lerobot.policies.factory import make_policy_config
 from lerobot.policies.pretrained import PreTrainedPolicy
-from lerobot.processor import RenameObservationsProcessorStep
+from lerobot.processor import RenameObservationsProcessorStep, TokenizerProcessorStep
 from lerobot.utils.constants import ACTION, OBS_STATE
 from lerobot.utils.feature_utils import dataset_to_policy_features
 from lerobot.utils.random_utils import set_seed
@@ -46,6 +45,7 @@ from peft import PeftModel, set_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import sarm_lib.small_pi0  # noqa: F401  (registers the policy type)
 from sarm_lib.artifacts import (
@@ -109,6 +109,8 @@ def make(settings, dataset: Dataset, device: str) -> tuple[PreTrainedPolicy, Any
     for step in preprocessor.steps:
         if isinstance(step, RenameObservationsProcessorStep):
             step.rename_map = rename_map(dataset)
+        if isinstance(step, TokenizerProcessorStep):
+            check_task_lengths(step, dataset.tasks)
     return policy, preprocessor, postprocessor
 
 
@@ -194,6 +196,16 @@ def check_weights(policy: PreTrainedPolicy, checkpoint: str | Path) -> None:
             _compare(policy, stored)
     except Exception as error:  # huggingface_hub and safetensors raise a dozen kinds
         raise ValueError(f"the policy's checkpoint {checkpoint} cannot be used: {error}") from error
+
+
+def check_task_lengths(step: TokenizerProcessorStep, tasks: list[str]) -> None:
+    """Raise ValueError for a task that the policy would read only in part: two tasks may differ in their last words."""
+    for task in tasks:
+        needed = len(step.input_tokenizer(task)["input_ids"])
+        if needed > step.max_length:
+            raise ValueError(
+                f"policy.config.tokenizer_max_length: the task {task!r} has {needed} tokens, and the policy reads {step.max_length}"
+            )
 
 
 def _compare(policy: PreTrainedPolicy, stored) -> None:
@@ -428,40 +440,42 @@ class Average:
     """The moving average of a policy's trained weights, which is what is kept and acts. decay: 0 keeps the last ones."""
 
     def __init__(self, trainable: list[nn.Parameter], decay: float) -> None:
-        self.trainable = trainable
-        self.ema = EMAModel(trainable, decay=decay) if decay else None
+        self.trainable, self.decay, self.updates = trainable, decay, 0
+        self.kept = [p.detach().clone() for p in trainable] if decay else []
 
     def update(self) -> None:
-        if self.ema:
-            self.ema.step(self.trainable)
+        self.updates += 1
+        decay = min(self.decay, self.updates / (self.updates + 9))  # the untrained weights are soon forgotten
+        if self.kept:
+            get_ema_multi_avg_fn(decay)(self.kept, self.trainable, self.updates)
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
         """The average in the place of the weights that learn."""
-        if not self.ema:
-            yield
-            return
-        self.ema.store(self.trainable)
-        self.ema.copy_to(self.trainable)
+        live = [p.detach().clone() for p in self.trainable] if self.kept else []
+        self._put(self.kept)
         try:
             yield
         finally:
-            self.ema.restore(self.trainable)
+            self._put(live)
+
+    @torch.no_grad()
+    def _put(self, values: list[torch.Tensor]) -> None:
+        for parameter, value in zip(self.trainable, values):
+            parameter.copy_(value)
 
     def save_live(self, path: Path) -> None:
         """The weights that learn, beside a checkpoint that holds their average."""
-        if self.ema:
+        if self.kept:
             save_file({str(i): p.detach() for i, p in enumerate(self.trainable)}, path)
 
     def resume(self, path: Path, step: int) -> None:
         """Take the weights in place for the average, and those of `path` for the ones that learn."""
-        if self.ema:
-            self.ema.shadow_params = [p.detach().clone() for p in self.trainable]
-            self.ema.optimization_step = step
+        self.updates = step
+        if self.kept:
+            self.kept = [p.detach().clone() for p in self.trainable]
             live = load_file(path)
-            with torch.no_grad():
-                for i, parameter in enumerate(self.trainable):
-                    parameter.copy_(live[str(i)])
+            self._put([live[str(i)] for i in range(len(self.trainable))])
 
 
 def train_arm(

@@ -25,7 +25,7 @@ therefore never stands alone. `targets` is the row that says what the annotation
 by following them perfectly.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,6 +38,7 @@ from sarm_lib import agreement
 from sarm_lib.artifacts import read_json
 from sarm_lib.checkpoint import RewardModel
 from sarm_lib.dataset import Dataset, Episode
+from sarm_lib.encoder import Encoder
 from sarm_lib.progress import Scores, score_episodes
 from sarm_lib.stages import Labels, complete_episodes, nesting
 from sarm_lib.windows import FrameStore
@@ -139,31 +140,47 @@ def references(
     ]
 
 
+@dataclass(frozen=True)
+class Instructions:
+    """What a model is told instead of a task, by the task's number: embeddings (n, E) of texts."""
+
+    others: Mapping[int, torch.Tensor]  # of other tasks
+    paraphrases: Mapping[int, torch.Tensor]  # of the same one
+
+
+def instructions(settings, tasks: Sequence[str], clip: Encoder) -> Instructions:
+    """As `params.visualize` names them; in a dataset of several tasks each is also an other one to the rest."""
+    others = {task: [*settings.other_tasks, *(other for other in tasks if other and other != task)] for task in tasks}
+    number = {task: i for i, task in enumerate(tasks) if task}
+    return Instructions(
+        {i: clip.texts(others[task]) for task, i in number.items() if others[task]},
+        {i: clip.texts(settings.paraphrases[task]) for task, i in number.items() if settings.paraphrases.get(task)},
+    )
+
+
 def predictions(
     model: RewardModel,
     store: FrameStore,
     episodes: Sequence[Episode],
     stride: int = 1,
-    other_tasks: torch.Tensor | None = None,
-    paraphrases: torch.Tensor | None = None,
+    instead: Instructions | None = None,
 ) -> list[Predicted]:
-    """What a model says of `episodes`; `other_tasks` and `paraphrases` are embeddings (n, E) of texts to say instead."""
-    heads = model.spec.heads
+    """What a model says of `episodes`, told their own task, and told what is said `instead`."""
+    heads, instead = model.spec.heads, instead or Instructions({}, {})
 
-    def said(texts: torch.Tensor | None) -> list[dict[tuple[int, str], Scores]]:
-        return [
-            score_episodes(model.sarm, store, episodes, heads[-1:], stride, text=text)
-            for text in (() if texts is None else texts)
-        ]
+    def told(texts: Mapping[int, torch.Tensor]) -> dict[int, list[np.ndarray]]:
+        found: dict[int, list[np.ndarray]] = {e.index: [] for e in episodes}
+        for task, embedded in texts.items():
+            mine = [e for e in episodes if store.task_index[e.row] == task]
+            for text in embedded if mine else ():
+                for (i, _), scores in score_episodes(model.sarm, store, mine, heads[-1:], stride, text=text).items():
+                    found[i].append(scores.progress)
+        return found
 
     scores = score_episodes(model.sarm, store, episodes, heads, stride)
-    others, rephrased = said(other_tasks), said(paraphrases)
+    others, rephrased = told(instead.others), told(instead.paraphrases)
     return [
-        Predicted(
-            {head: scores[e.index, head] for head in heads},
-            [other[e.index, heads[-1]].progress for other in others],
-            [other[e.index, heads[-1]].progress for other in rephrased],
-        )
+        Predicted({head: scores[e.index, head] for head in heads}, others[e.index], rephrased[e.index])
         for e in episodes
     ]
 
@@ -204,6 +221,7 @@ def table(cards: dict[str, Card], metrics: Sequence[str], kinds: Sequence[str] =
             f"{values[metric]:.{digits}f} [{values[metric + '_low']:.{digits}f}, {values[metric + '_high']:.{digits}f}]"
         )
 
+    metrics = [m for m in metrics if any(m in of["all"] for of in cards.values())]
     rows = [
         (row, kind, *(text(of[kind], m) for m in metrics)) for row, of in cards.items() for kind in kinds if kind in of
     ]

@@ -9,7 +9,7 @@ import jsonschema
 import pytest
 import yaml
 
-from sarm_lib import corrections
+from sarm_lib import corrections, pipeline
 from sarm_lib.annotations import Annotation, AnnotationError, Segment
 from sarm_lib.dataset import fingerprint, open_dataset
 from tests.conftest import ROOT
@@ -281,3 +281,24 @@ def test_the_schema_fits_what_is_written(demos, tmp_path):
         corrections.record_correction(tmp_path / "corrections.yaml", demos, correction)
     for kind in ("marks", "corrections"):
         jsonschema.validate(corrections.contents(tmp_path / f"{kind}.yaml"), corrections.json_schema(kind))
+
+
+def test_files_of_another_dataset_stop_the_pipeline_before_it_begins(in_project, tmp_path):
+    config, dataset = in_project
+    files = {"marks": tmp_path / "m.yaml", "corrections": tmp_path / "c.yaml"}
+    config = config.model_copy(
+        update={
+            "annotate": config.annotate.model_copy(update={"marks": str(files["marks"])}),
+            "verify": config.verify.model_copy(update={"corrections": str(files["corrections"])}),
+        }
+    )
+    name = fingerprint(dataset.root)
+    pipeline.check_people(config, name)  # no files: nothing is wrong
+    for kind, path in files.items():
+        path.write_text(f"dataset: elsewhere\n{kind}: []\n")
+    with pytest.raises(SystemExit) as error:
+        pipeline.check_people(config, name)
+    for kind, path in files.items():
+        assert f"{path.name} is about another dataset (elsewhere, this one is {name})" in str(error.value)
+        assert f"`dataset: {name}` in {path}" in str(error.value) and corrections.KEYS[kind] in str(error.value)
+    pipeline.check_people(config, None)  # a dataset of the Hub: the stages ask

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sarm_lib.dataset import DatasetError, _keep, fingerprint, open_dataset, split_summary
+from sarm_lib.dataset import DatasetError, _keep, _splits, few_held_out, fingerprint, open_dataset, split_summary
 from tests.conftest import CAMERAS, LENGTHS, TASKS, make_dataset
 
 
@@ -60,6 +60,48 @@ def test_splits_are_the_dataset_s_own_or_drawn(copy):
     info["splits"] = {"train": "0:5", "val": "5:6", "test": "6:8"}
     (copy / "meta/info.json").write_text(json.dumps(info))
     assert [e.index for e in open_dataset(copy).split("test")] == [6, 7]
+
+
+@pytest.mark.parametrize("share", [0.1, 0.15, 0.25])
+def test_an_appended_episode_moves_no_other_one_to_another_split(share):
+    groups = np.random.default_rng(0).choice(["stack", "sort"], 60).tolist()
+
+    def drawn(count):
+        return _splits({}, groups[:count], share, share, 3)
+
+    for count in range(30, 60):
+        now, grown = drawn(count), drawn(count + 1)
+        assert grown[:count] == now
+        for group in ("stack", "sort"):  # each is held out in proportion
+            mine = [split for split, name in zip(now, groups) if name == group]
+            assert all(abs(mine.count(split) - share * len(mine)) <= 1 for split in ("val", "test"))
+    assert set(_splits({}, ["all"] * 3, share, share, 3)) == {"train", "val", "test"}  # fewer than a run has
+    with pytest.raises(DatasetError, match="leave none to train on"):
+        _splits({}, ["all"] * 2, 0.5, 0.5, 0)
+
+
+def test_several_tasks_are_the_kinds_of_a_dataset_that_names_none(tiny):
+    dataset = open_dataset(tiny)
+    assert {e.group for e in dataset.episodes} == set(TASKS)
+    episode = dataset.episodes[0]
+    assert episode.group == dataset.tasks[dataset.frames.task_index[episode.row]]
+    assert episode.title == f"episode 0 ({episode.group})"
+
+
+@pytest.mark.parametrize("text", ["", None])
+def test_a_task_without_a_text_is_an_error_that_names_an_episode(copy, text):
+    path = copy / "meta/tasks.parquet"
+    tasks = pd.read_parquet(path)
+    lost = tasks.index[tasks.task_index == 1][0]
+    (tasks.drop(lost) if text is None else tasks.rename(index={lost: ""})).to_parquet(path)
+    with pytest.raises(DatasetError, match=r"episode \d+: meta/tasks.parquet has no text for its task, number 1"):
+        open_dataset(copy)
+
+
+def test_few_held_out_episodes_are_said(tiny):
+    dataset = open_dataset(tiny, val_fraction=0.25, test_fraction=0.25)
+    assert few_held_out(dataset).startswith("val has 2 and test has 2 episode(s)")
+    assert few_held_out(dataset, 2) == ""
 
 
 def test_some_episodes_only(tiny):

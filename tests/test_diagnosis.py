@@ -112,3 +112,9 @@ def test_detection_knows_bad_from_productive_and_leaves_recovery_apart():
     zero = computed.weight == 0
     assert found.zero_precision["all"] == pytest.approx((zero & bad).sum() / (zero & (bad | good)).sum())
     assert math.isnan(found.auc_weight["clean"]) and "auc_weight" not in diagnosis.figures(found)["clean"]
+
+
+def test_only_the_worst_tenth_and_only_what_something_is_wrong_with_is_proposed_to_be_left_out():
+    table = pd.DataFrame({"episode": range(40), "why": ["goes back", "steady", "stands still", "ends at 0.50"] * 10})
+    assert diagnosis.worth_leaving_out(table) == [0, 2, 3]
+    assert diagnosis.worth_leaving_out(table.head(4)) == []

@@ -180,3 +180,10 @@ def test_a_process_takes_its_own_gpu(monkeypatch):
 
     monkeypatch.setattr(processes, "share", lambda device: SimpleNamespace(device=torch.device("cuda:1")))
     assert processes.own_device("cuda") == "cuda:1" and processes.own_device("cpu") == "cpu"
+
+
+def test_an_encoder_that_cannot_be_had_is_an_error_with_its_key_and_a_way_out(in_project):
+    config, _ = in_project
+    missing = config.model_copy(update={"prepare": config.prepare.model_copy(update={"encoder": "nobody/no-clip"})})
+    with pytest.raises(ValueError, match=r"prepare.encoder: nobody/no-clip is neither .* data/demo/encoder"):
+        encoder.from_params(missing, "cpu")

@@ -180,3 +180,11 @@ def test_noise_is_the_same_whoever_acts_first(trained):
     torch.random.set_rng_state(state)
     torch.rand(7)
     assert one == [r.frames for r in evaluate.rollouts(trained, [Line()], [1, 2], 20, "stack the cubes", quiet=True)]
+
+
+def test_of_several_tasks_the_one_that_an_environment_poses_is_named(in_project):
+    config, dataset = in_project
+    with pytest.raises(ValueError, match=r"evaluate.task: which of .* They are: stack the cubes; sort the cubes"):
+        evaluate.task_of(config, dataset)
+    named = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"task": "sort the cubes"})})
+    assert evaluate.task_of(named, dataset) == "sort the cubes"

@@ -387,6 +387,15 @@ def test_parts_that_learn_slower_keep_their_share_of_the_rate(in_project):
     assert {id(p) for group in groups for p in group["params"]} == {id(p) for p in made.parameters() if p.requires_grad}
 
 
+def test_a_task_that_the_policy_would_read_in_part_is_refused(in_project):
+    config, dataset = in_project
+    short = config.policy.model_copy(update={"config": {**config.policy.config, "tokenizer_max_length": 2}})
+    with pytest.raises(
+        ValueError, match=r"tokenizer_max_length: the task 'stack the cubes' has \d+ tokens, and the .* reads 2"
+    ):
+        policy.make(short, dataset, "cpu")
+
+
 def test_two_processes_learn_what_one_with_twice_the_batch_learns(project, tmp_path):
     found = {}
     for processes, size in ((1, 4), (2, 2)):
@@ -534,7 +543,7 @@ def test_smolvla_takes_weights(in_project, tmp_path, monkeypatch):
         "load_vlm_weights": True,
         "num_vlm_layers": 2,
     }
-    fields = {**sizes, "resize_imgs_with_padding": [32, 32], "tokenizer_max_length": 8, "expert_width_multiplier": 0.5}
+    fields = {**sizes, "resize_imgs_with_padding": [32, 32], "tokenizer_max_length": 16, "expert_width_multiplier": 0.5}
     ours, theirs, _ = learns_and_acts(config, dataset, tmp_path / "p", {"type": "smolvla", "config": fields})
     torch.testing.assert_close(ours, theirs, msg="its own loss knows padded actions")
 

@@ -1,5 +1,7 @@
 """The scorecard measures what its formulas say, and knows what it cannot measure."""
 
+import typing
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -125,7 +127,7 @@ def test_groups_are_measured_apart_and_what_no_row_has_is_named():
     assert "retry_order" in scorecard.left_out({"sarm": card}) and "voc" not in scorecard.left_out({"sarm": card})
     table = scorecard.table({"sarm": card}, ["voc", "retry_order"], ["all", "sloppy"])
     assert table.voc.tolist() == ["0.000 [-1.000, 1.000]", "-1.000 [-1.000, -1.000]"]
-    assert table.retry_order.tolist() == ["–", "–"]
+    assert list(table.columns) == ["row", "kind", "voc"]  # what no row has is no column
 
 
 def test_confusion_is_shares_of_the_reference_s_frames():
@@ -148,16 +150,33 @@ def parts(in_project):
 def test_the_row_of_a_model_is_measured_with_its_own_and_with_other_texts(parts):
     _, dataset, embeddings, labels, model, store = parts
     (test, *_) = scorecard.test_episodes(dataset, labels)
-    own = torch.from_numpy(embeddings.tasks[dataset.frames.task_index.to_numpy()[[test.row]]])
+    number = int(dataset.frames.task_index.to_numpy()[test.row])
+    own = torch.from_numpy(embeddings.tasks[[number]])
     row = scorecard.card(
-        scorecard.references(dataset, labels, [test]), scorecard.predictions(model, store, [test], 1, own, own)
+        scorecard.references(dataset, labels, [test]),
+        scorecard.predictions(model, store, [test], 1, scorecard.Instructions({number: own}, {number: own})),
     )["all"]
     assert row["wrong_instruction"] == row["paraphrase_shift"] == 0  # it is the task's own text
     assert "mse_truth" not in row and row["mse_target_dense"] > 0  # without truth, what annotations allow
     other = scorecard.card(
-        scorecard.references(dataset, labels, [test]), scorecard.predictions(model, store, [test], 1, -own)
+        scorecard.references(dataset, labels, [test]),
+        scorecard.predictions(model, store, [test], 1, scorecard.Instructions({number: -own}, {})),
     )["all"]
     assert other["wrong_instruction"] != 0 and "paraphrase_shift" not in other
+
+
+def test_other_tasks_of_the_dataset_are_other_tasks_and_paraphrases_are_of_their_own():
+    class Clip:
+        def texts(self, texts):
+            return list(texts)
+
+    class Settings:
+        other_tasks: typing.ClassVar = ["open the door"]
+        paraphrases: typing.ClassVar = {"stack": ["pile up"], "of another dataset": ["elsewhere"]}
+
+    told = scorecard.instructions(Settings, ["stack", "", "sort"], Clip())  # a number that no task has
+    assert told.others == {0: ["open the door", "sort"], 2: ["open the door", "stack"]}
+    assert told.paraphrases == {0: ["pile up"]}
 
 
 def test_a_truth_takes_the_annotations_place_where_there_is_one(parts):
@@ -198,7 +217,7 @@ def test_ablations_of_another_dataset_are_left_out(parts, tmp_path):
 def test_stage_04_leaves_the_scorecard_in_its_form(parts):
     config, _, embeddings, *_ = parts
     cards = read_json(config.paths.read("metrics/scorecard.json", "04"))
-    assert set(cards) == {"sarm", "targets", "time_linear"} and embeddings.fingerprint
+    assert set(cards) == {"sarm", "time_linear"} and embeddings.fingerprint
     for kinds in cards.values():
         for values in kinds.values():
             names = {name for name in values if not name.endswith(("_low", "_high")) and name != "episodes"}

@@ -184,7 +184,7 @@ def save_film(
         scores.progress,
         labels.progress(episode, head) if episode.index in labels.annotated else None,
         dataset.fps,
-        f"episode {episode.index} ({episode.group}), {head} head",
+        f"{episode.title}, {head} head",
     )
     charts.save_film(path, pages, 3 * episode.length / dataset.fps)
 
@@ -202,5 +202,5 @@ def picture(
         scores.probabilities,
         labels.stage_names[head],
         dataset.fps,
-        f"episode {episode.index} ({episode.group}), {head} head",
+        f"{episode.title}, {head} head",
     )
