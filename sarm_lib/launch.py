@@ -15,7 +15,7 @@ import json
 import logging
 from pathlib import Path
 
-from sarm_lib import checkpoint, dataset, encoder, lerobot_io, policy, progress, rabc, training
+from sarm_lib import checkpoint, dataset, encoder, lerobot_io, progress, rabc, training
 from sarm_lib.params import load
 from sarm_lib.processes import own_device, share
 
@@ -60,6 +60,8 @@ def train(params) -> Path:
 
 def train_policies(params) -> Path:
     """Stage 06's policies. Returns the folder of the last one."""
+    from sarm_lib import policy  # LeRobot's policies take a while to load, and no other stage needs them
+
     demos, device = dataset.from_params(params), dataset.pick_device(params.base.device)
     frames = policy.frames_for(params.policy, demos, ("train",), own_device(device))
     weighted = rabc.weights_of_rows(params.paths.read("rabc_weights.parquet", "05_compute_rabc"), params, demos)
