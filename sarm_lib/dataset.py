@@ -384,7 +384,7 @@ def open_dataset(
                 f"delete it with lerobot-edit-dataset --operation.type delete_episodes"
             )
     groups = _groups(table, group_key)
-    splits = _splits(info, groups, val_fraction, test_fraction, seed)
+    splits = _splits(info, _task_of_each(table), val_fraction, test_fraction, seed)
     kept = _keep(splits, max_episodes)
     episodes, row = [], 0
     for index in kept:
@@ -607,12 +607,17 @@ def _without_statistics(path: Path) -> pd.DataFrame:
 
 def _groups(table: pd.DataFrame, group_key: str | None) -> list[str]:
     if group_key is None:  # several tasks are the kinds that every dataset names
-        tasks = ["; ".join(texts) for texts in table.tasks] if "tasks" in table else []
+        tasks = _task_of_each(table)
         return tasks if len(set(tasks)) > 1 else ["all"] * len(table)
     if group_key not in table:
         columns = ", ".join(n for n in table.columns if table[n].dtype == object)
         raise DatasetError(f"base.group_key: the episodes have no column {group_key!r}; text columns are {columns}")
     return table[group_key].astype(str).tolist()
+
+
+def _task_of_each(table: pd.DataFrame) -> list[str]:
+    """What splits are drawn by. Never `base.group_key`, which may be a simulator's truth, and is only shown."""
+    return ["; ".join(texts) for texts in table.tasks] if "tasks" in table else [""] * len(table)
 
 
 def _splits(info: dict, groups: list[str], val: float, test: float, seed: int) -> list[str]:

@@ -107,10 +107,11 @@ def try_environments(params) -> tuple[list[gymnasium.Env], str | None]:
 
 def task_of(params, dataset: Dataset) -> str:
     """What the policies are told to do. Raises ValueError where the dataset has several tasks and `evaluate.task` names none."""
-    if params.evaluate.task is None and len(dataset.tasks) > 1:
-        listed = "; ".join(dataset.tasks)
+    tasks = [task for task in dataset.tasks if task]
+    if params.evaluate.task is None and len(tasks) > 1:
+        listed = "; ".join(tasks)
         raise ValueError(f"evaluate.task: which of the dataset's tasks does the environment pose? They are: {listed}")
-    return params.evaluate.task or dataset.tasks[0]
+    return params.evaluate.task or tasks[0]
 
 
 def close(environments: Sequence[gymnasium.Env]) -> None:

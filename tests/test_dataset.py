@@ -80,6 +80,16 @@ def test_an_appended_episode_moves_no_other_one_to_another_split(share):
         _splits({}, ["all"] * 2, 0.5, 0.5, 0)
 
 
+def test_what_is_only_shown_does_not_move_the_splits(copy):
+    path = next((copy / "meta/episodes").rglob("*.parquet"))
+    table = pq.read_table(path)
+    kinds = pa.array([["a", "b", "c"][i % 3] for i in range(len(table))])
+    pq.write_table(table.append_column("sim.kind", kinds), path)
+    plain, shown = open_dataset(copy), open_dataset(copy, group_key="sim.kind")
+    assert [e.split for e in plain.episodes] == [e.split for e in shown.episodes]
+    assert {e.group for e in shown.episodes} == {"a", "b", "c"}
+
+
 def test_several_tasks_are_the_kinds_of_a_dataset_that_names_none(tiny):
     dataset = open_dataset(tiny)
     assert {e.group for e in dataset.episodes} == set(TASKS)
