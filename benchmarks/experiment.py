@@ -2,6 +2,7 @@
 
     python -m benchmarks.experiment [--arms bc rabc ...] [--seeds 0 1 2 3 4] [--jobs 2] [--kind test|tune] [--steps N]
     python -m benchmarks.experiment --policy multi_task_dit --arms bc rabc  # a second kind of policy
+    python -m benchmarks.experiment --arms rabc_single top_k --missing      # more arms; runs that are stored stay
     python -m benchmarks.experiment --film docs/rollouts.gif --seeds 0      # the first starts, by policies that are trained
 
 The same policy, data and training budget for every arm; an arm decides only how often each training frame is drawn
@@ -179,7 +180,7 @@ def report(runs: dict[str, dict[int, dict]], settings: dict) -> dict:
     from sarm_lib import statistics
 
     arms = {}
-    for arm, by_seed in runs.items():
+    for arm, by_seed in sorted(runs.items(), key=lambda item: ARMS.index(item[0])):
         rows = [by_seed[seed] for seed in sorted(by_seed)]
         successes, rollouts = sum(r["successes"] for r in rows), sum(r["rollouts"] for r in rows)
         arms[arm] = {
@@ -238,6 +239,19 @@ def film(path: Path, arms: list[str], seed: int, kind: str, device: str, work: P
     charts.save_film(path, pages, len(pages) * every / 40)
 
 
+def stored(results: Path, settings: dict) -> dict[str, dict[int, dict]]:
+    """The runs that the results file has, by arm and seed: those that are not run again stay in it."""
+    if not results.exists():
+        return {}
+    found = json.loads(results.read_text())
+    if found["settings"] != settings:
+        raise SystemExit(f"{results.name} has runs with other settings; move it away first:\n{found['settings']}\n{settings}")
+    return {
+        arm: {run["seed"]: run | {"succeeded": [int(s) for s in run["succeeded"]]} for run in value["runs"]}
+        for arm, value in found["arms"].items()
+    }
+
+
 def table(found: dict) -> str:
     """The results as Markdown."""
     lines = ["| arm | successes | rate | over plain BC (95 %) |", "|---|---|---|---|"]
@@ -260,6 +274,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1)))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--work", default="outputs/work/experiment")
+    parser.add_argument("--missing", action="store_true", help="only the runs that the results file does not have yet")
     parser.add_argument("--film", type=Path, help="where to put a moving picture of bc and rabc, instead of running anything")
     arguments = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // arguments.jobs)))
@@ -274,7 +289,9 @@ def main() -> None:
     settings = {**POLICY, "policy.steps": arguments.steps, **given, "base.outputs": "outputs"}
     overrides = json.dumps(settings, sort_keys=True)
     jobs = [(arm, seed) for seed in arguments.seeds for arm in arguments.arms]
-    runs: dict[str, dict[int, dict]] = {arm: {} for arm in arguments.arms}
+    runs = stored(results, settings) if arguments.kind == "test" else {}
+    if arguments.missing:
+        jobs = [(arm, seed) for arm, seed in jobs if seed not in runs.get(arm, {})]
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(arguments.jobs, mp_context=context) as pool:
         futures = {
@@ -283,13 +300,12 @@ def main() -> None:
         }
         for future in concurrent.futures.as_completed(futures):
             arm, seed = futures[future]
-            runs[arm][seed] = future.result()
-            took = runs[arm][seed]["seconds"]
-            print(f"{arm} {seed}: {runs[arm][seed]['successes']} of {runs[arm][seed]['rollouts']}, {took}", flush=True)
-            found = report({arm: by_seed for arm, by_seed in runs.items() if by_seed}, settings)
+            done = future.result()
+            runs.setdefault(arm, {})[seed] = done
+            print(f"{arm} {seed}: {done['successes']} of {done['rollouts']}, {done['seconds']}", flush=True)
             if arguments.kind == "test":
-                results.write_text(json.dumps(found, indent=1) + "\n")
-    print(table(found))
+                results.write_text(json.dumps(report(runs, settings), indent=1) + "\n")
+    print(table(report(runs, settings)))
 
 
 if __name__ == "__main__":
