@@ -38,6 +38,7 @@ Kind = Literal["marks", "corrections"]
 Verdict = Literal["accept", "fix", "reject"]
 Segments = tuple[Segment, ...]
 UNSETTLED = ("outdated", "unfit")  # outcomes that wait for a new look
+SEEN_ALIKE = 0.05  # seconds: who looks at a video does not tell such boundaries apart, and another processor's rounding moves them
 
 
 @dataclass(frozen=True)
@@ -100,14 +101,18 @@ def apply(
     """Put every correction on its annotation; nothing is dropped without an outcome that says so.
 
     A fix is about the video, so it holds also where the annotation beneath has changed; an acceptance is about the
-    annotation that was seen, so it is outdated then. An episode that nobody annotated can be fixed too.
+    annotation that was seen, so it is outdated where a boundary lies more than `SEEN_ALIKE` seconds, and a frame, from where
+    it was. An episode that nobody annotated can be fixed too.
     """
+    frames = max(1, round(SEEN_ALIKE * dataset.fps))
     by_episode = {a.episode: a for a in annotations}
     lengths = {e.index: e.length for e in dataset.episodes}
     rejected, outcomes = [], []
     for correction in corrections:
         episode, current = correction.episode, by_episode.get(correction.episode)
-        changed = current is None or any(current.head(head) != was for head, was in correction.was.items())
+        changed = current is None or not all(
+            _alike(current.head(head), was, frames) for head, was in correction.was.items()
+        )
         if episode not in lengths:
             outcome, note = "unfit", "the dataset, as it is used here, has no such episode"
         elif correction.verdict == "reject":
@@ -134,6 +139,13 @@ def apply(
                 note = "the annotation beneath has changed since" if changed else correction.why
         outcomes.append(Outcome(episode, correction.verdict, outcome, note))
     return Reviewed([by_episode[i] for i in sorted(by_episode)], sorted(rejected), outcomes)
+
+
+def _alike(segments: Segments | None, others: Segments, frames: int) -> bool:
+    """Are they the same subtasks, with boundaries at most so many frames apart?"""
+    if segments is None or [s.subtask for s in segments] != [s.subtask for s in others]:
+        return False
+    return all(abs(a.start - b.start) <= frames and abs(a.end - b.end) <= frames for a, b in zip(segments, others))
 
 
 # --- what the files hold ----------------------------------------------------------------------------------------------

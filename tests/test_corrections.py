@@ -190,6 +190,15 @@ def test_every_verdict_has_its_outcome_and_raw_annotations_stay(demos):
     assert raw == [annotation(demos, i) for i in range(5)]
 
 
+@pytest.mark.parametrize(("moved", "outcome"), [(1, "accepted"), (2, "outdated")])
+def test_an_acceptance_survives_what_nobody_sees(moved, outcome, demos):
+    """At 10 frames a second, one frame: so much may differ where another processor trained the annotator."""
+    raw = annotation(demos, 0)
+    seen = annotation(demos, 0, boundary=raw.sparse[1].start + moved)
+    (found,) = corrections.apply([raw], [corrections.of_now(seen, "accept")], demos, NAMES).outcomes
+    assert found.outcome == outcome
+
+
 def test_a_correction_that_no_longer_fits_is_reported_and_the_annotation_stands(demos):
     raw = [annotation(demos, 0)]
     said = [fix(raw[0], 6), fix(annotation(demos, 5), 6)]
