@@ -76,6 +76,12 @@ def folder_identity(folder: Path) -> list[list[str | int]] | None:
     ] or None
 
 
+def folder_digest(folder: str | Path) -> str | None:
+    """Names the contents of the files right in a folder; None where there are none (a Hub id)."""
+    files = sorted(p for p in Path(folder).glob("*") if p.is_file() and not p.name.startswith("."))
+    return digest(*((p.name, file_digest(p)) for p in files)) if files else None
+
+
 @contextmanager
 def staged(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` when the block ends well, remove it when not."""

@@ -122,18 +122,24 @@ class Dataset:
         self, image_key: str, episodes: tuple[Episode, ...] | None = None
     ) -> Iterator[tuple[Episode, np.ndarray]]:
         """Every frame of a camera (of all episodes, or of some), decoded in order: (episode, (H, W, 3) uint8)."""
-        episodes = self.episodes if episodes is None else episodes
+        decode = decode_with_torchcodec if torchcodec() else decode_with_pyav
+        return self._iterate_frames(image_key, self.episodes if episodes is None else episodes, decode)
+
+    def _iterate_frames(
+        self, image_key: str, episodes: tuple[Episode, ...], decode: Callable
+    ) -> Iterator[tuple[Episode, np.ndarray]]:
         if self.features[image_key]["dtype"] == "image":
             yield from self._read_images(episodes, image_key)
             return
         for episode in episodes:
-            for image in self._decode(episode, image_key):
+            for image in self._decode(episode, image_key, decode):
                 yield episode, image
 
     def read_frames(self, episode: Episode, image_key: str, frame_indices: list[int]) -> np.ndarray:
         """Single frames of an episode, to show them: (n, H, W, 3) uint8."""
         wanted = {int(i): None for i in frame_indices}
-        for i, (_, image) in enumerate(self.iterate_frames(image_key, (episode,))):
+        # torchcodec takes longer to load than a page of pictures takes with PyAV
+        for i, (_, image) in enumerate(self._iterate_frames(image_key, (episode,), decode_with_pyav)):
             if i in wanted:
                 wanted[i] = image
             if i >= max(wanted):
@@ -197,10 +203,10 @@ class Dataset:
             raise DatasetError(f"episode {episode.index}, {image_key}: {path.name} is missing; {REMEDY}")
         return path, float(row[f"{prefix}/from_timestamp"])
 
-    def _decode(self, episode: Episode, image_key: str) -> Iterator[np.ndarray]:
+    def _decode(self, episode: Episode, image_key: str, decode: Callable) -> Iterator[np.ndarray]:
         """An episode's frames from its video file, in order; reading on from the last keyframe before it."""
         path, first = self._video(episode, image_key)
-        decode, expected = decode_with_torchcodec if torchcodec() else decode_with_pyav, 0
+        expected = 0
         try:
             for seconds, image in decode(path, first, episode.length, self.fps):
                 if round((seconds - first) * self.fps) != expected:

@@ -23,7 +23,7 @@ from sarm_lib.artifacts import (
     PROVENANCE,
     code_digest,
     digest,
-    file_digest,
+    folder_digest,
     is_current,
     read_json,
     remove,
@@ -63,7 +63,7 @@ class Encoder:
     @cached_property
     def identity(self) -> str:
         """A name for weights, preprocessing and tokenizer, whatever folder they lie in."""
-        return identity(self.path) or digest(self.path, self.model.config._commit_hash)
+        return folder_digest(self.path) or digest(self.path, self.model.config._commit_hash)
 
     @torch.inference_mode()
     def images(self, images: np.ndarray) -> Tensor:
@@ -119,12 +119,6 @@ def load(path: str, device: str = "cpu", name: str | None = None, precision: Pre
     """A CLIP encoder from a local folder or the Hub; `name` is what artifacts call it. Raises OSError with what was
     looked for."""
     return Encoder(path, device, name or path, precision)
-
-
-def identity(path: str) -> str | None:
-    """Names the files of a local encoder; None for one of the Hub."""
-    files = sorted(p for p in Path(path).glob("*") if p.is_file() and not p.name.startswith("."))
-    return digest(*((p.name, file_digest(p)) for p in files)) if files else None
 
 
 def from_params(params, device: str) -> Encoder:

@@ -25,8 +25,7 @@ from traitlets.config import Config
 
 from sarm_lib import corrections, lerobot_io, live, reports
 from sarm_lib import dataset as datasets
-from sarm_lib.artifacts import file_digest, folder_identity, read_json, staged, write_json
-from sarm_lib.encoder import identity
+from sarm_lib.artifacts import file_digest, folder_digest, folder_identity, read_json, staged, write_json
 from sarm_lib.params import find_upwards, load
 
 log = logging.getLogger("sarm")
@@ -90,7 +89,7 @@ def write_sources(root: Path) -> None:
         taken = params.rabc.progress_path and params.paths.resolve(params.rabc.progress_path)
         write_json(partial / "progress.json", {"file": file_digest(taken) if taken and taken.is_file() else None})
         write_json(partial / "environment.json", describe_environment(root, params.evaluate.environment))
-        write_json(partial / "encoder.json", {"encoder": params.prepare.encoder, "identity": identity(params.encoder)})
+        write_json(partial / "encoder.json", {"encoder": params.prepare.encoder, "identity": folder_digest(params.encoder)})
 
 
 def check_people(params, fingerprint: str | None) -> None:

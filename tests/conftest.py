@@ -240,10 +240,16 @@ def run_notebook(project: Path, name: str, overrides: dict | None = None) -> dic
 
 
 def launch(project: Path, processes: int, stage: str, overrides: dict | None = None) -> None:
-    """Run a stage of `sarm_lib.launch` in a project with so many CPU processes.
+    """Run a stage of `sarm_lib.launch` in a project: in this process, as a notebook does, or in so many on the CPU.
 
     `accelerate launch --cpu` starts one process whatever it is asked for (several need MPI), torchrun as many as it says.
     """
+    from sarm_lib.launch import STAGES
+    from sarm_lib.params import load
+
+    if processes == 1:
+        STAGES[stage](load(project / "params.yaml", overrides))
+        return
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command += ["-m", "sarm_lib.launch", stage, "--overrides", json.dumps(overrides or {})]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
@@ -264,6 +270,30 @@ def ordinary_priority():
     yield
     if hasattr(os, "sched_getscheduler") and os.sched_getscheduler(0) != os.SCHED_OTHER:
         os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A headless Chromium."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="no playwright (pip install -e .[dev])")
+
+    from .lab import CHROMIUM
+
+    with playwright.sync_playwright() as p:
+        chromium = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory, tiny):
+    """(address, its root folder) of a JupyterLab beside the tiny dataset."""
+    from .lab import jupyter_lab
+
+    folder = tmp_path_factory.mktemp("lab")
+    shutil.copytree(tiny, folder / "work/dataset")
+    with jupyter_lab(folder) as address:
+        yield address, folder / "work"
 
 
 @pytest.fixture(scope="session")

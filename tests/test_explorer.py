@@ -1,7 +1,6 @@
 """The explorer: what its view would send and get, and what a person sees in a headless Chromium on JupyterLab."""
 
 import io
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -20,7 +19,7 @@ from sarm_lib.widgets.explorer import Explorer, Panel, of_scores, packed, pictur
 
 from . import lab as in_lab
 from .conftest import LENGTHS, ROOT
-from .lab import CHROMIUM, VIEWPORT, jupyter_lab, open_notebook
+from .lab import CHROMIUM, VIEWPORT, open_notebook
 
 STAGES = ["reach", "grasp", "lift"]
 
@@ -306,25 +305,13 @@ in_browser = pytest.mark.skipif(not CHROMIUM, reason="no Chromium (apt install c
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory, tiny):
-    """(address, its root folder) of a JupyterLab."""
-    folder = tmp_path_factory.mktemp("lab")
-    shutil.copytree(tiny, folder / "work/dataset")
-    with jupyter_lab(folder) as address:
-        yield address, folder / "work"
-
-
-@pytest.fixture(scope="module")
-def page(lab):
+def page(lab, browser):
     """A notebook of three cells in Lab, the second of which shows the explorer."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="no playwright (pip install -e .[dev])")
     address, folder = lab
-    with playwright.sync_playwright() as p:
-        chromium = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = chromium.new_page(viewport=VIEWPORT)
-        open_notebook(page, address, folder.parent, CODE, "explore.ipynb")
-        yield page
-        chromium.close()
+    page = browser.new_page(viewport=VIEWPORT)
+    open_notebook(page, address, folder.parent, CODE, "explore.ipynb")
+    yield page
+    page.close()
 
 
 @pytest.fixture

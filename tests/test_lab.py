@@ -11,7 +11,7 @@ from .conftest import chapters
 from .lab import CHROMIUM, TOKEN, VIEWPORT, jupyter_lab
 
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no Chromium (apt install chromium, or set SARM_CHROMIUM)")
-playwright = pytest.importorskip("playwright.sync_api", reason="no playwright (pip install -e .[dev])")
+pytest.importorskip("playwright.sync_api", reason="no playwright (pip install -e .[dev])")
 
 WIDGET, CHART = "application/vnd.jupyter.widget-view+json", "application/vnd.vegalite.v5+json"
 # Of a page, once nothing waits or runs any more: the numbers beside the code cells.
@@ -32,14 +32,6 @@ def lab(tmp_path_factory, project):
     settings.write_text(json.dumps({"windowingMode": "none"}))
     with jupyter_lab(folder, "--LabApp.expose_app_in_browser=True") as address:
         yield address, folder / "work"
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as p:
-        chromium = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
 
 
 @pytest.mark.parametrize("name", chapters())

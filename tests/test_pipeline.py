@@ -186,8 +186,13 @@ def test_another_kappa_scores_nothing_again_and_retrains_only_what_uses_the_weig
     delta = pd.read_parquet(outputs / "rabc_weights.parquet").delta
     kappa = float(delta[delta > 0].median())  # the tiny model's progress hardly moves: a κ that divides its frames
     params.write_text(params.read_text().replace("kappa: mean", f"kappa: {kappa:.9f}"))
-    ran = stages_that_ran(run(repository, "dvc", "repro"))
-    assert ran == ["sources", "05_compute_rabc", "06_train_pi0", "07_evaluate"]
+    ran = stages_that_ran(run(repository, "dvc", "repro", "06_train_pi0"))
+    assert ran == ["sources", "05_compute_rabc", "06_train_pi0"]
+    assert (
+        run(repository, "dvc", "status", "--quiet", "06_train_pi0")
+        == ""
+        != run(repository, "dvc", "status", "07_evaluate")
+    )
     assert "kept the progress of 135 frames" in page.read_text() and "scored" not in page.read_text()
     assert [written(path) for path in kept] == before and (outputs / "sarm_progress.parquet").read_bytes() == progress
     assert written(outputs / "policy/rabc/provenance.json") > weighted

@@ -1,6 +1,5 @@
 """The scrubber in a headless Chromium on a real JupyterLab: what a person sees and does, down to the file on disk."""
 
-import shutil
 from pathlib import Path
 
 import nbformat
@@ -11,10 +10,10 @@ from sarm_lib.corrections import read_corrections
 from sarm_lib.dataset import open_dataset
 
 from .conftest import LENGTHS
-from .lab import CHROMIUM, VIEWPORT, jupyter_lab, open_notebook, run_cell, shows
+from .lab import CHROMIUM, VIEWPORT, open_notebook, run_cell, shows
 
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no Chromium (apt install chromium, or set SARM_CHROMIUM)")
-playwright = pytest.importorskip("playwright.sync_api", reason="no playwright (pip install -e .[dev])")
+pytest.importorskip("playwright.sync_api", reason="no playwright (pip install -e .[dev])")
 
 CODE = """\
 from pathlib import Path
@@ -25,23 +24,6 @@ dataset = open_dataset("dataset")
 dense = lambda n: (Segment("reach", 0, 4), Segment("grasp", 5, 8), Segment("lift", 9, n - 1))
 annotations = [Annotation(e.index, e.length, "test", (Segment("task", 0, e.length - 1),), dense(e.length)) for e in dataset.episodes]
 Scrubber(dataset, annotations, {"sparse": ["task"], "dense": ["reach", "grasp", "lift"]}, order=[3, 0, 1], reasons={3: "grasp is short"}, corrections=Path(Path("case").read_text()))"""
-
-
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory, tiny):
-    """(address, its root folder) of a JupyterLab."""
-    folder = tmp_path_factory.mktemp("lab")
-    shutil.copytree(tiny, folder / "work/dataset")
-    with jupyter_lab(folder) as address:
-        yield address, folder / "work"
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as p:
-        chromium = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture(scope="module")
