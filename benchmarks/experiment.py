@@ -173,8 +173,9 @@ def run(arm: str, seed: int, kind: str, overrides: str, device: str, work: str) 
     return found
 
 
-def report(runs: dict[str, dict[int, dict]], settings: dict) -> dict:
-    """Success of every arm, and its difference from plain BC and from shuffled weights, with intervals."""
+def report(runs: dict[str, dict[int, dict]], settings: dict, fingerprint: str) -> dict:
+    """Success of every arm, and its difference from plain BC and from shuffled weights, with intervals. fingerprint: of the
+    dataset, for notebook 07, which shows this beside its own comparison."""
     import numpy as np
 
     from sarm_lib import statistics
@@ -200,7 +201,7 @@ def report(runs: dict[str, dict[int, dict]], settings: dict) -> dict:
     bc, ours, oracle = (sum(runs[arm][s]["successes"] for s in shared) for arm in ("bc", "rabc", "oracle")) if shared else (0, 0, 0)
     if oracle != bc:
         arms["rabc"]["gap_closed"] = (ours - bc) / (oracle - bc)
-    return {"settings": settings, "arms": arms}
+    return {"settings": settings, "fingerprint": fingerprint, "arms": arms}
 
 
 def film(path: Path, arms: list[str], seed: int, kind: str, device: str, work: Path, shown: int = 5, every: int = 3) -> None:
@@ -289,6 +290,9 @@ def main() -> None:
     settings = {**POLICY, "policy.steps": arguments.steps, **given, "base.outputs": "outputs"}
     overrides = json.dumps(settings, sort_keys=True)
     jobs = [(arm, seed) for seed in arguments.seeds for arm in arguments.arms]
+    from sarm_lib import dataset, params
+
+    fingerprint = dataset.fingerprint(dataset.from_params(params.load("params.yaml", settings)).root)
     runs = stored(results, settings) if arguments.kind == "test" else {}
     if arguments.missing:
         jobs = [(arm, seed) for arm, seed in jobs if seed not in runs.get(arm, {})]
@@ -304,8 +308,8 @@ def main() -> None:
             runs.setdefault(arm, {})[seed] = done
             print(f"{arm} {seed}: {done['successes']} of {done['rollouts']}, {done['seconds']}", flush=True)
             if arguments.kind == "test":
-                results.write_text(json.dumps(report(runs, settings), indent=1) + "\n")
-    print(table(report(runs, settings)))
+                results.write_text(json.dumps(report(runs, settings, fingerprint), indent=1) + "\n")
+    print(table(report(runs, settings, fingerprint)))
 
 
 if __name__ == "__main__":

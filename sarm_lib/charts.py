@@ -255,6 +255,7 @@ def linked_episodes(
     is said beside a chosen one.
     curves: of an episode, name: (T,) values; a curve called `weight` colours the first one instead of being drawn.
     """
+    groups = sorted(set(table.group.astype(str)))  # of all, so that a kind has its colour in every chapter
     table = table.head(MOST_EPISODES)
     names = list(curves[int(table.episode.iloc[0])])
     drawn = [name for name in names if name != "weight"]
@@ -268,7 +269,6 @@ def linked_episodes(
     table = table.assign(seconds=table.episode.map(lengths).round(2))
 
     chosen = alt.selection_point(fields=["episode"], value=[{"episode": int(table.episode.iloc[0])}], toggle=False)
-    groups = list(dict.fromkeys(sorted(table.group.astype(str))))
     legend = {"title": None} if len(groups) > 1 else {"legend": None}
     dots = (
         alt.Chart(table, title=title)
@@ -361,6 +361,7 @@ def rollouts(scores: dict[str, list[np.ndarray]], done: dict[str, list], fps: fl
         for end in ["success" if r.success else "failure"]
         for shown in [thinned(len(phi), MOST_POINTS // max(1, len(scores[arm])))]
     ]
+    tables.sort(key=lambda table: table.ended.iloc[0] == "success")  # drawn last, over the failures
     lines = (
         alt.Chart(pd.concat(tables))
         .mark_line(opacity=0.8)

@@ -20,6 +20,7 @@ from typing import Any
 
 import gymnasium
 import numpy as np
+import pandas as pd
 import torch
 from lerobot.envs.utils import preprocess_observation
 from lerobot.policies.pretrained import PreTrainedPolicy
@@ -27,6 +28,7 @@ from lerobot.utils.constants import OBS_STATE
 from PIL import Image
 
 from sarm_lib import charts
+from sarm_lib.artifacts import read_json
 from sarm_lib.checkpoint import RewardModel
 from sarm_lib.dataset import Dataset, Episode
 from sarm_lib.encoder import Embeddings, Encoder
@@ -293,6 +295,28 @@ def conclusion(metrics: dict[str, dict]) -> str:
     if gap["difference_low"] <= 0 <= gap["difference_high"]:
         return f"{said}: so few rollouts cannot tell them apart"
     return f"{said}: the weights {'helped' if gap['difference'] > 0 else 'hurt'}"
+
+
+def experiment(path: Path, fingerprint: str) -> pd.DataFrame | None:
+    """What `make experiment` found on the dataset with this fingerprint, a row an arm: None where it has not run on it.
+
+    `successes` of all training seeds, the rate, and how much it lies over that of plain BC with its 95 % interval.
+    """
+    found = read_json(path) if path.exists() else {}
+    if found.get("fingerprint") != fingerprint:
+        return None
+    rows = {}
+    for arm, value in found["arms"].items():
+        over = value.get("over_bc", {})
+        rows[arm] = {
+            "seeds": len(value["runs"]),
+            "rollouts": sum(run["rollouts"] for run in value["runs"]),
+            "success rate": value["success_rate"],
+            "over bc": over.get("difference"),
+            "low": over.get("difference_low"),
+            "high": over.get("difference_high"),
+        }
+    return pd.DataFrame(rows).T.astype({"seeds": int, "rollouts": int}).round(3)
 
 
 # --- pictures -----------------------------------------------------------------------------------------------------------

@@ -89,7 +89,9 @@ def write_sources(root: Path) -> None:
         taken = params.rabc.progress_path and params.paths.resolve(params.rabc.progress_path)
         write_json(partial / "progress.json", {"file": file_digest(taken) if taken and taken.is_file() else None})
         write_json(partial / "environment.json", describe_environment(root, params.evaluate.environment))
-        write_json(partial / "encoder.json", {"encoder": params.prepare.encoder, "identity": folder_digest(params.encoder)})
+        write_json(
+            partial / "encoder.json", {"encoder": params.prepare.encoder, "identity": folder_digest(params.encoder)}
+        )
 
 
 def check_people(params, fingerprint: str | None) -> None:

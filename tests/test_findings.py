@@ -1,5 +1,6 @@
 """Sentences under figures, against tables in which the answer is plain to see."""
 
+import numpy as np
 import pandas as pd
 
 from sarm_lib import findings
@@ -23,3 +24,40 @@ def test_highest_and_lowest_of_named_values():
     assert findings.extremes(values, "error") == "highest error: failed (0.200); lowest error: clean (0.010)"
     assert findings.extremes({"a": 1.0}, "error", 1) == "error: a (1.0)"
     assert findings.extremes({}, "error") == "no error to compare"
+
+
+def test_suspicion_that_finds_nothing_says_so():
+    assert "look by kind" in findings.suspicion(-0.03) and "look first" in findings.suspicion(0.6)
+    assert "nothing to compare" in findings.suspicion(None)
+
+
+def test_soft_weights_are_those_between():
+    assert findings.soft_weights(np.array([0, 0.25, 0.5, 1, 1])).startswith(
+        "those between have weights from 0.25 to 0.50"
+    )
+    assert findings.soft_weights(np.array([0.0, 1.0])) == "no weight lies between 0 and 1"
+
+
+def test_what_weights_do_to_bad_frames():
+    row = {
+        "frames": 200,
+        "bad": 50,
+        "weight_bad": 0.3,
+        "weight_productive": 0.9,
+        "zero_recall": 0.2,
+        "zero_precision": 0.95,
+    }
+    said = findings.detection(row)
+    assert "25% of these frames bad" in said and "0.30" in said and "20% of the bad" in said and "right in 95%" in said
+    assert findings.detection(row | {"bad": 0}) == "the simulator calls no frame bad"
+
+
+def test_final_progress_counts_the_failures_that_look_like_successes():
+    final, succeeded = np.array([1.0, 0.95, 0.2, 0.1]), np.array([True, False, False, False])
+    said = findings.final_progress(final, succeeded)
+    assert (
+        "ROC area 1.000, from 1 successes and 3 failures; 1 of the failures end above 0.9" in said
+        and "say little" in said
+    )
+    assert "say little" not in findings.final_progress(np.tile(final, 5), np.tile(succeeded, 5))
+    assert "ended alike" in findings.final_progress(final, succeeded & False)

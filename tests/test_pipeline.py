@@ -110,7 +110,8 @@ def repository(tmp_path_factory, tiny, tiny_encoder, nbval) -> Path:
     shutil.copytree(ROOT / "sarm_lib", folder / "sarm_lib", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "dvc.yaml", folder)
     (folder / "benchmarks").mkdir()
-    shutil.copy(ROOT / "benchmarks/scorecard.json", folder / "benchmarks")
+    for name in ("scorecard", "experiment"):
+        shutil.copy(ROOT / f"benchmarks/{name}.json", folder / "benchmarks")
     for command in (["git", "init", "-q"], ["dvc", "init", "-q"], ["dvc", "config", "core.analytics", "false"]):
         run(folder, *command)
     run(folder, "dvc", "repro", "-q")
