@@ -146,12 +146,12 @@ def run(arm: str, seed: int, kind: str, overrides: str, device: str, work: str) 
     curve = policy.train_arm(trained, config, demos, frames, device, folder / "policy", seed)
     seconds = time.perf_counter() - start
     result = folder / f"{kind}.json"
-    made_from = {
+    origin = {
         "policy": artifacts.read_json(folder / "policy" / artifacts.PROVENANCE),
         "starts": [STARTS[kind].start, STARTS[kind].stop],
         "code": artifacts.code_digest("evaluate"),
     }
-    if result.exists() and artifacts.read_json(result)["made_from"] == made_from:
+    if result.exists() and artifacts.read_json(result)["made_from"] == origin:
         return artifacts.read_json(result)
     make = evaluate.environment("demo.environment:AssemblyEnv")
     start = time.perf_counter()
@@ -167,15 +167,27 @@ def run(arm: str, seed: int, kind: str, overrides: str, device: str, work: str) 
         "frames": [r.frames for r in done],
         "train_loss": curve[-1]["loss"],
         "seconds": {"training": round(seconds, 1), "acting": round(time.perf_counter() - start, 1)},
-        "made_from": made_from,
+        "made_from": origin,
     }
     artifacts.write_json(result, found)
     return found
 
 
-def report(runs: dict[str, dict[int, dict]], settings: dict, fingerprint: str) -> dict:
-    """Success of every arm, and its difference from plain BC and from shuffled weights, with intervals. fingerprint: of the
-    dataset, for notebook 07, which shows this beside its own comparison."""
+def made_from(config, demos) -> dict:
+    """What all runs of a results file have in common: those of other weights or of other code are not compared with them."""
+    from sarm_lib import artifacts, dataset
+
+    return {
+        "fingerprint": dataset.fingerprint(demos.root),  # notebook 07 shows results of its own dataset alone
+        "weights": artifacts.file_digest(config.paths.read("rabc_weights.parquet", "05_compute_rabc")),
+        "settings": artifacts.digest(config.policy.model_dump(), config.rabc.model_dump()),
+        "code": artifacts.digest(artifacts.code_digest("policy"), artifacts.code_digest("evaluate")),
+    }
+
+
+def report(runs: dict[str, dict[int, dict]], common: dict) -> dict:
+    """Success of every arm, and its difference from plain BC and from shuffled weights, with intervals. common: `settings` and
+    what `made_from` says."""
     import numpy as np
 
     from sarm_lib import statistics
@@ -201,7 +213,7 @@ def report(runs: dict[str, dict[int, dict]], settings: dict, fingerprint: str) -
     bc, ours, oracle = (sum(runs[arm][s]["successes"] for s in shared) for arm in ("bc", "rabc", "oracle")) if shared else (0, 0, 0)
     if oracle != bc:
         arms["rabc"]["gap_closed"] = (ours - bc) / (oracle - bc)
-    return {"settings": settings, "fingerprint": fingerprint, "arms": arms}
+    return {**common, "arms": arms}
 
 
 def film(path: Path, arms: list[str], seed: int, kind: str, device: str, work: Path, shown: int = 5, every: int = 3) -> None:
@@ -240,13 +252,15 @@ def film(path: Path, arms: list[str], seed: int, kind: str, device: str, work: P
     charts.save_film(path, pages, len(pages) * every / 40)
 
 
-def stored(results: Path, settings: dict) -> dict[str, dict[int, dict]]:
-    """The runs that the results file has, by arm and seed: those that are not run again stay in it."""
+def stored(results: Path, common: dict) -> dict[str, dict[int, dict]]:
+    """The runs that the results file has, by arm and seed: those that are not run again stay in it. Exits where they were made
+    from something else: they would be compared with what they are not comparable with."""
     if not results.exists():
         return {}
     found = json.loads(results.read_text())
-    if found["settings"] != settings:
-        raise SystemExit(f"{results.name} has runs with other settings; move it away first:\n{found['settings']}\n{settings}")
+    other = [key for key in common if found.get(key) != common[key]]
+    if other:
+        raise SystemExit(f"{results.name} has runs with other {', '.join(other)}; move it away to begin anew")
     return {
         arm: {run["seed"]: run | {"succeeded": [int(s) for s in run["succeeded"]]} for run in value["runs"]}
         for arm, value in found["arms"].items()
@@ -272,12 +286,16 @@ def main() -> None:
     parser.add_argument("--kind", choices=STARTS, default="test")
     parser.add_argument("--steps", type=int, default=POLICY["policy.steps"])
     parser.add_argument("--set", nargs="*", default=[], help="other parameters, as policy.batch_size=64")
-    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1)))
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", help="base.device of params.yaml if not said")
+    parser.add_argument("--jobs", type=int, help="runs at a time: on a CPU a core each, on a GPU one, if not said")
     parser.add_argument("--work", default="outputs/work/experiment")
     parser.add_argument("--missing", action="store_true", help="only the runs that the results file does not have yet")
     parser.add_argument("--film", type=Path, help="where to put a moving picture of bc and rabc, instead of running anything")
     arguments = parser.parse_args()
+    from sarm_lib import dataset, params
+
+    arguments.device = dataset.pick_device(arguments.device or params.load("params.yaml").base.device)
+    arguments.jobs = arguments.jobs or (max(1, os.cpu_count() or 1) if arguments.device == "cpu" else 1)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // arguments.jobs)))
     results, work = Path(__file__).with_suffix(".json"), Path(arguments.work)
     if arguments.film:
@@ -290,10 +308,9 @@ def main() -> None:
     settings = {**POLICY, "policy.steps": arguments.steps, **given, "base.outputs": "outputs"}
     overrides = json.dumps(settings, sort_keys=True)
     jobs = [(arm, seed) for seed in arguments.seeds for arm in arguments.arms]
-    from sarm_lib import dataset, params
-
-    fingerprint = dataset.fingerprint(dataset.from_params(params.load("params.yaml", settings)).root)
-    runs = stored(results, settings) if arguments.kind == "test" else {}
+    config = params.load("params.yaml", settings)
+    common = {"settings": settings, **made_from(config, dataset.from_params(config))}
+    runs = stored(results, common) if arguments.kind == "test" else {}
     if arguments.missing:
         jobs = [(arm, seed) for arm, seed in jobs if seed not in runs.get(arm, {})]
     context = multiprocessing.get_context("spawn")
@@ -308,8 +325,8 @@ def main() -> None:
             runs.setdefault(arm, {})[seed] = done
             print(f"{arm} {seed}: {done['successes']} of {done['rollouts']}, {done['seconds']}", flush=True)
             if arguments.kind == "test":
-                results.write_text(json.dumps(report(runs, settings, fingerprint), indent=1) + "\n")
-    print(table(report(runs, settings, fingerprint)))
+                results.write_text(json.dumps(report(runs, common), indent=1) + "\n")
+    print(table(report(runs, common)))
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def rows(cameras: list[str]) -> dict[str, tuple[dict, Relabel | None]]:
         "window_centred": ({"sarm.window": "centred"}, None),
         "state_only": ({"sarm.inputs": ["state"]}, None),
         "images_only": ({"sarm.inputs": ["images"]}, None),
-        "single_stage": ({"base.annotation_mode": "single_stage"}, single_stage),
+        "single_stage": ({"base.annotation_mode": "single_stage", "rabc.head_mode": "sparse"}, single_stage),
         "learn_given_up": ({"sarm.learn_given_up": True}, None),
         "no_rewind": ({"sarm.rewind_probability": 0.0}, None),
         "no_repeats": ({}, no_repeats),

@@ -406,7 +406,7 @@ def rabc_build(folder: Path, frames: int) -> dict:
 
     path = progress_file(folder, frames)
     settings = (16, 0.05, 1e-6)
-    ours = lambda: rabc.compute(path, "sparse", *settings, list(range(frames // 500)), end="shrink")  # noqa: E731
+    ours = lambda: rabc.compute(path, "sparse", *settings, list(range(frames // 500)), lerobot_compat=True)  # noqa: E731
     before, mine = timed(ours)
     theirs_seconds, theirs = timed(lambda: RABCWeights(path, settings[0], "sparse", *settings[1:]))
     after, _ = timed(ours)

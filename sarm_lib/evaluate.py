@@ -82,13 +82,21 @@ def environment(
 
 
 def open_environments(make: Callable[[], gymnasium.Env], number: int) -> list[gymnasium.Env]:
-    """So many environments, each of which has shown a picture. Raises Unavailable where they cannot run here."""
+    """So many environments, each of which has shown a picture. Raises Unavailable where they cannot run here, ValueError
+    where they show something else than LeRobot's do."""
     try:
         environments = [make() for _ in range(number)]
         for env in environments:
-            observe([env.reset(seed=0)[0]])
+            first = env.reset(seed=0)[0]
+            if known := isinstance(first, dict) and {"pixels", "agent_pos"} <= set(first):
+                observe([first])
     except Exception as error:  # simulators raise whatever their renderer raises
         raise Unavailable(f"the simulator cannot run here ({type(error).__name__}: {error})") from error
+    if not known:
+        shown = ", ".join(first) if isinstance(first, dict) else type(first).__name__
+        raise ValueError(
+            f"evaluate.environment: it shows {shown}; LeRobot's environments show a dictionary with pixels and agent_pos"
+        )
     return environments
 
 
@@ -156,7 +164,7 @@ def rollouts(
     """
     model, preprocess, postprocess = policy
     model.eval()
-    looks = looks_every(model)
+    looks, says_success = looks_every(model), False
     finished = bar(total=len(seeds), desc="rollouts", unit="rollout", quiet=quiet)
     for first in range(0, len(seeds), len(environments)):
         wave = list(seeds[first : first + len(environments)])
@@ -175,21 +183,37 @@ def rollouts(
         while running:
             if step % looks == 0:
                 shown = [_copy(seen[i]) if i in running else shown[i] for i in range(len(members))]
-                batch = preprocess({**observe(shown), "task": [task] * len(members)})
+                seen_now = observe(shown)
+                _check_cameras(model, seen_now)
+                batch = preprocess({**seen_now, "task": [task] * len(members)})
             actions = postprocess(model.select_action(batch)).float().cpu().numpy()
             for i in sorted(running):
                 seen[i], _, terminated, truncated, info = members[i][0].step(actions[i])
                 frames[i] += 1
                 success[i] = bool(info.get("is_success", False))
+                says_success |= "is_success" in info
                 if record:
                     kept[i].append(_copy(seen[i]))
                 if success[i] or terminated or truncated or frames[i] >= max_frames:
                     running.discard(i)
             step += 1
+        if not says_success:
+            raise ValueError(
+                "evaluate.environment: no step's info says `is_success`, so nobody knows which rollout succeeded; wrap the "
+                "environment so that it does"
+            )
         for i, (_, seed) in enumerate(members):
             yield Rollout(int(seed), success[i], frames[i], *_recorded(kept[i]))
             finished.update()
     finished.close()
+
+
+def _check_cameras(policy: PreTrainedPolicy, observed: dict[str, torch.Tensor]) -> None:
+    """Raises ValueError where a policy would act without a camera that it was trained with: some do so in silence."""
+    missing = [key for key in policy.config.image_features if key not in observed]
+    if missing:
+        shown = ", ".join(key for key in observed if "image" in key)
+        raise ValueError(f"the policy sees {', '.join(missing)}; the environment shows {shown}")
 
 
 def _copy(observation: dict[str, Any]) -> dict[str, Any]:
@@ -294,7 +318,8 @@ def conclusion(metrics: dict[str, dict]) -> str:
         return f"{said}. Plain BC succeeds in under {UNDERTRAINED:.0%}: the policies are undertrained, and this says little (policy.steps)"
     if gap["difference_low"] <= 0 <= gap["difference_high"]:
         return f"{said}: so few rollouts cannot tell them apart"
-    return f"{said}: the weights {'helped' if gap['difference'] > 0 else 'hurt'}"
+    which = "rabc" if gap["difference"] > 0 else "bc"
+    return f"{said}: this {which} is the better of these two policies; whether the weights made it so takes several training seeds"
 
 
 def experiment(path: Path, fingerprint: str) -> pd.DataFrame | None:

@@ -33,7 +33,11 @@ def encode(params) -> Path:
 
 
 def score(params) -> Path:
-    """Stage 05's progress of every frame. Returns its file."""
+    """Stage 05's progress of every frame. Returns its file. Raises ValueError where `rabc.progress_path` names one."""
+    if params.rabc.progress_path:
+        raise ValueError(
+            f"rabc.progress_path: progress is taken from {params.rabc.progress_path}; there is nothing to score"
+        )
     demos, path = dataset.from_params(params), params.paths.write("sarm_progress.parquet")
     embeddings = encoder.open_embeddings(params.paths.read("embeddings", "00_prepare"), demos)
     model, named = checkpoint.reward_model_of(params, own_device(dataset.pick_device(params.base.device)))

@@ -15,11 +15,13 @@ from lerobot.policies.common.vla_utils import make_att_2d_masks, prepare_attenti
 from lerobot.policies.pi0.modeling_pi0 import PI0Policy, PI0Pytorch
 from lerobot.policies.pi05.modeling_pi05 import PI05Policy, PI05Pytorch
 from lerobot.policies.pretrained import PreTrainedPolicy
+from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-FLOW_MATCHING = (PI0Policy, PI05Policy)
+SEVERAL_DRAWS = (PI0Policy, PI05Policy)
+TAKES_NOISE = (*SEVERAL_DRAWS, SmolVLAPolicy)  # those whose noise a step draws itself, whoever shares it
 
 
 def gives_sample_losses(policy_class: type[PreTrainedPolicy]) -> bool:
@@ -37,10 +39,11 @@ def per_sample_loss(
     """ℓ_i (B,): for π0 and π0.5 the flow-matching loss over the actions that exist, for others their own per-sample loss.
 
     draws: noises and times tried on each sample, of π0 and π0.5 alone. noise (B, draws, chunk, A) and time (B, draws): given
-    by somebody who wants the same ones elsewhere.
+    by somebody who wants the same ones elsewhere, of π0, π0.5 and (one draw) SmolVLA.
     """
-    if not isinstance(policy, FLOW_MATCHING):
-        return policy.forward(batch, reduction="none")[0]
+    if not isinstance(policy, SEVERAL_DRAWS):
+        given = {} if noise is None else {"noise": noise[:, 0], "time": time[:, 0]}
+        return policy.forward(batch, reduction="none", **given)[0]
     images, masks = policy._preprocess_images(batch)
     actions = policy.prepare_action(batch)
     if noise is None:

@@ -61,7 +61,7 @@ from sarm_lib.artifacts import (
 )
 from sarm_lib.dataset import Dataset, Episode, fingerprint, rows_of
 from sarm_lib.live import bar
-from sarm_lib.losses import FLOW_MATCHING, WeightedLoss, gives_sample_losses, per_sample_loss, sample_noise
+from sarm_lib.losses import SEVERAL_DRAWS, TAKES_NOISE, WeightedLoss, gives_sample_losses, per_sample_loss, sample_noise
 from sarm_lib.schedule import Estimate, learning_rate
 
 log = logging.getLogger(__name__)
@@ -137,12 +137,21 @@ def make_config(settings, device: str) -> PreTrainedConfig:
     for name in settings.config:
         if name not in fields:
             raise ValueError(f"policy.config: {settings.type} has no {name!r}; it has {', '.join(sorted(fields))}")
-    chunk = "chunk_size" if "chunk_size" in fields else "horizon"  # Diffusion's name
+    asked = {
+        "chunk_size": settings.chunk_size,
+        "horizon": settings.chunk_size,
+        "n_action_steps": settings.n_action_steps,
+    }
+    asked = {name: value for name, value in asked.items() if name in fields and name not in settings.config}
+    if not {"chunk_size", "horizon"} & {*asked, *settings.config}:  # `horizon` is Diffusion's name for it
+        raise ValueError(
+            f"policy.type: {settings.type} predicts no chunk of actions under a name known here (chunk_size, horizon); its fields "
+            f"are {', '.join(sorted(fields))}"
+        )
     return make_policy_config(
         settings.type,
         device=device,
-        **{chunk: settings.chunk_size},
-        n_action_steps=settings.n_action_steps,
+        **asked,
         push_to_hub=False,
         pretrained_path=Path(settings.pretrained_path) if settings.pretrained_path else None,
         **settings.config,
@@ -635,8 +644,9 @@ def _noise(policy, settings, seed: int, step: int, part: int, parts: int, device
     """The noise and times of one part of a step: the same for every arm, after a resumption, and however a step is divided
     among processes. A policy that draws its own noise only starts from the same seed."""
     torch.manual_seed(seed * 1_000_003 + step)
-    if isinstance(policy, FLOW_MATCHING):
-        noise, time = sample_noise(policy, parts * settings.batch_size, settings.noise_draws, device)
+    if isinstance(policy, TAKES_NOISE):
+        draws = settings.noise_draws if isinstance(policy, SEVERAL_DRAWS) else 1
+        noise, time = sample_noise(policy, parts * settings.batch_size, draws, device)
         here = slice(part * settings.batch_size, (part + 1) * settings.batch_size)
         return noise[here], time[here]
     if part:

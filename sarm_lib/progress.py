@@ -234,6 +234,11 @@ def take_progress(path: Path, params, dataset: Dataset) -> str:
     source = params.paths.resolve(params.rabc.progress_path)
     if not source.is_file():
         raise FileNotFoundError(f"rabc.progress_path: there is no file {params.rabc.progress_path}")
+    lacking = {"index", "episode_index"} - set(pq.read_schema(source).names)
+    if lacking:
+        raise ValueError(
+            f"rabc.progress_path: {source.name} has no column {' and no '.join(sorted(lacking))}; which frame is which?"
+        )
     theirs, ours = pq.read_table(source, columns=["index", "episode_index"]).sort_by("index"), dataset.frames
     for name in theirs.column_names:
         if not np.array_equal(theirs[name].to_numpy(), ours[name].to_numpy()):

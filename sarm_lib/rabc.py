@@ -23,7 +23,6 @@ from sarm_lib.artifacts import PARQUET_KEY, read_provenance, staged
 from sarm_lib.dataset import Dataset, fingerprint
 
 Head = Literal["sparse", "dense"]
-End = Literal["hold", "shrink"]
 BLOCK = 1 << 18  # frames that are looked at together
 
 
@@ -64,12 +63,11 @@ class RabcWeights:
         }
 
 
-def deltas(progress: np.ndarray, episode_index: np.ndarray, delta_frames: int, end: End = "hold") -> np.ndarray:
+def deltas(progress: np.ndarray, episode_index: np.ndarray, delta_frames: int) -> np.ndarray:
     """r (N,) float32 by Eq 6 for frames in the order of their episodes.
 
-    Within Δ of an episode's end there is no o_{t+Δ}. `hold` gives these frames the r of the last full window, so that
-    the frames that finish the task are not worthless; in an episode shorter than Δ it scales its whole gain to Δ.
-    `shrink` is LeRobot's: r goes to 0 towards the end.
+    Within Δ of an episode's end there is no o_{t+Δ}. These frames get the r of the last full window, so that the frames
+    that finish the task are not worthless; in an episode shorter than Δ that is its whole gain, scaled to Δ.
     """
     starts, found = _starts(episode_index), np.empty(len(progress), dtype=np.float32)
     ends = np.r_[starts[1:], len(progress)]
@@ -82,13 +80,21 @@ def deltas(progress: np.ndarray, episode_index: np.ndarray, delta_frames: int, e
         lengths = ends[block] - starts[block]
         first, last = np.repeat(starts[block], lengths), np.repeat(ends[block] - 1, lengths)
         frame = np.arange(rows.start, rows.stop)
-        if end == "shrink":
-            found[rows] = progress[np.minimum(frame + delta_frames, last)] - progress[frame]
-            continue
         frame = np.maximum(np.minimum(frame, last - delta_frames), first)
         horizon = np.minimum(delta_frames, last - first)  # shorter than Δ only where the whole episode is
         found[rows] = (progress[frame + horizon] - progress[frame]) * (delta_frames / np.maximum(horizon, 1))
     return found
+
+
+def lerobot_deltas(progress: np.ndarray, index: np.ndarray, episode_index: np.ndarray, delta_frames: int) -> np.ndarray:
+    """r (N,) float32 as LeRobot looks it up, by `index` in order: in the frame Δ later or in the last one of the episode, so
+    that r goes to 0 towards the end; NaN where the file does not have that frame, or has no number for it."""
+    _, episode = np.unique(episode_index, return_inverse=True)
+    last = np.zeros(episode.max() + 1, dtype=index.dtype)
+    np.maximum.at(last, episode, index)
+    by_index = np.full(int(index[-1] - index[0]) + 1, np.nan, dtype=np.float32)
+    by_index[index - index[0]] = progress
+    return by_index[np.minimum(index + delta_frames, last[episode]) - index[0]] - progress
 
 
 def _starts(episode_index: np.ndarray) -> np.ndarray:
@@ -138,6 +144,15 @@ def kappa_of(rule: float | str, delta: np.ndarray, mean: float, std: float, epsi
     return float(kappas[np.abs(means - target).argmin()])
 
 
+def _listed(episode_index: np.ndarray, frame_index: np.ndarray, most: int = 5) -> str:
+    """The frames (n,) by episode, the first few of many."""
+    said = []
+    for episode in np.unique(episode_index)[:most]:
+        frames = [str(f) for f in frame_index[episode_index == episode]]
+        said.append(f"episode {episode}: {', '.join(frames[:most])}{', …' if len(frames) > most else ''}")
+    return "; ".join(said) + ("; …" if len(np.unique(episode_index)) > most else "")
+
+
 def _number(text: str) -> float | None:
     try:
         return float(text)
@@ -176,13 +191,16 @@ def compute(
     bad = np.flatnonzero(~np.isfinite(progress))
     if len(bad) and not lerobot_compat:
         raise ValueError(
-            f"{path.name}: {column} is not finite in {len(bad)} frames, first in episode {episode_index[bad[0]]} at frame "
-            f"{frame_index[bad[0]]}: score these frames again (notebook 05) or delete the episode"
+            f"{path.name}: {column} is not finite in {len(bad)} frames ({_listed(episode_index[bad], frame_index[bad])}): score "
+            "these frames again (notebook 05) or delete the episodes"
         )
-    delta = deltas(progress, episode_index, delta_frames, "shrink" if lerobot_compat else "hold")
     if lerobot_compat:
+        if np.isinf(progress).any():
+            raise ValueError(f"{path.name}: {column} is infinite somewhere, and LeRobot's weights of it are no numbers")
+        delta = lerobot_deltas(progress, index, episode_index, delta_frames)
         counted = ~np.isnan(delta)
     else:
+        delta = deltas(progress, episode_index, delta_frames)
         starts = _starts(episode_index)
         counted = np.repeat(np.isin(episode_index[starts], train_episodes), np.diff(np.r_[starts, len(index)]))
         if not counted.any():

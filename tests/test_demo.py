@@ -229,13 +229,48 @@ def test_the_environment_is_the_simulator_and_looks_only_when_asked(monkeypatch)
     assert frames == env._max_episode_steps and not success
 
 
-def test_the_experiment_s_arms_weigh_what_they_say():
+def test_the_experiment_s_arms_weigh_what_they_say(monkeypatch):
+    """On the demo's own episodes, with weights in place of those of notebook 05."""
+    from benchmarks import experiment
+    from sarm_lib import dataset as datasets
+    from sarm_lib import params, rabc
+
+    config = params.load(ROOT / "params.yaml", {"base.dataset": str(ROOT / "data/demo/assembly")})
+    demos = datasets.from_params(config)
+    rng = np.random.default_rng(0)
+    ours, r = rng.random(demos.num_frames).astype(np.float32), rng.normal(size=demos.num_frames)
+    monkeypatch.setattr(rabc, "weights_of_rows", lambda *_: (ours, r))
+    monkeypatch.setattr(type(config.paths), "read", lambda *_: None)
+    train = datasets.rows_of(demos.split("train"))
+    arms = [arm for arm in experiment.ARMS if arm not in ("bc", "rabc_single")]
+    found = {arm: experiment.arm_weights(arm, 0, config, demos, None) for arm in arms}
+    kept = lambda arm: {e.index for e in demos.split("train") if found[arm][e.rows].any()}  # noqa: E731
+
+    assert experiment.arm_weights("bc", 0, config, demos, None) is None and found["rabc"] is ours
+    quality, success = demos.truth("quality", "sim."), demos.truth("success", "sim.")
+    np.testing.assert_array_equal(found["oracle"] == 1, (quality == 0) | (quality == 2))  # productive, recovering
+    assert sorted(found["shuffled"][train]) == sorted(ours[train]) and not np.array_equal(found["shuffled"], ours)
+    lightest_kept, heaviest_left = (
+        r[train][found["top_k"][train] == 1].min(),
+        r[train][found["top_k"][train] == 0].max(),
+    )
+    assert lightest_kept > heaviest_left and found["top_k"][train].mean() == pytest.approx(ours[train].mean(), abs=1e-3)
+    succeeded = {e.index for e in demos.split("train") if success[e.rows].any()}
+    assert kept("success_filter") == succeeded and 0 < len(succeeded) < len(demos.split("train"))
+    length = {e.index: e.length for e in demos.episodes}
+    fast = kept("duration_filter")
+    assert len(fast) == len(succeeded) // 2 and fast < succeeded
+    assert max(length[i] for i in fast) <= min(length[i] for i in succeeded - fast)
+    assert kept("clean_only") == {e.index for e in demos.split("train") if e.group == "clean"}
+    for arm in ("success_filter", "duration_filter", "clean_only"):
+        assert set(np.unique(found[arm])) == {0, 1}
+
+
+def test_the_experiment_compares_what_is_comparable_and_says_how_much_it_helped(tmp_path):
     import json
 
     from benchmarks import experiment
 
-    truths = set(experiment.ARMS) - {"bc", "rabc", "shuffled", "rabc_single", "top_k"}
-    assert all(name in experiment.__doc__ for name in truths)
     runs = {
         arm: {
             seed: {
@@ -250,7 +285,12 @@ def test_the_experiment_s_arms_weigh_what_they_say():
             "oracle": {0: [1, 1, 1, 1], 1: [1, 1, 0, 1]},
         }.items()
     }  # fmt: skip
-    found = experiment.report(runs, {})
+    common = {"settings": {"policy.steps": 4}, "weights": "a"}
+    found = experiment.report(runs, common)
+    (tmp_path / "found.json").write_text(json.dumps(found))
+    assert experiment.report(experiment.stored(tmp_path / "found.json", common), common) == found
+    with pytest.raises(SystemExit, match="runs with other weights; move it away"):
+        experiment.stored(tmp_path / "found.json", {**common, "weights": "b"})
     assert found["arms"]["rabc"]["success_rate"] == 5 / 8 and found["arms"]["rabc"]["gap_closed"] == pytest.approx(
         3 / 5
     )

@@ -9,6 +9,7 @@ import torch
 from scipy.stats import bootstrap
 
 from sarm_lib import checkpoint, encoder, evaluate, policy, statistics
+from sarm_lib.artifacts import write_json
 from tests.conftest import CAMERAS
 
 
@@ -54,6 +55,34 @@ def test_rollouts_end_at_success_or_after_so_many_frames(in_project, trained):
     again = list(evaluate.rollouts(trained, environments, [4, 7, 9], 30, "stack the cubes", quiet=True))
     assert [(r.success, r.frames) for r in again] == [(r.success, r.frames) for r in done]
     assert again[0].states is None and not again[0].images
+
+
+def test_an_environment_that_says_or_shows_too_little_is_an_error(trained, monkeypatch):
+    act = lambda env: list(evaluate.rollouts(trained, [env], [1], 5, "stack the cubes", quiet=True))  # noqa: E731
+    silent, blind = Line(), Line()
+    stepped = silent.step
+    monkeypatch.setattr(silent, "step", lambda action: (*stepped(action)[:4], {"success": True}))
+    with pytest.raises(ValueError, match="no step's info says `is_success`"):
+        act(silent)
+    shown = blind._observe
+    monkeypatch.setattr(blind, "_observe", lambda: {**shown(), "pixels": {"top": shown()["pixels"]["top"]}})
+    with pytest.raises(
+        ValueError, match=r"the policy sees observation\.images\.side; the environment shows observation\.images\.top"
+    ):
+        act(blind)
+    with pytest.raises(ValueError, match="it shows ndarray; LeRobot's environments show"):
+        evaluate.open_environments(evaluate.environment("CartPole-v1"), 1)
+
+
+def test_the_experiment_is_told_of_its_own_dataset_only(tmp_path):
+    assert evaluate.experiment(tmp_path / "none.json", "abc") is None
+    runs = [{"seed": s, "rollouts": 100} for s in range(2)]
+    over = {"difference": 0.3, "difference_low": 0.2, "difference_high": 0.4}
+    arms = {"bc": {"runs": runs, "success_rate": 0.2}, "rabc": {"runs": runs, "success_rate": 0.5, "over_bc": over}}
+    write_json(tmp_path / "experiment.json", {"fingerprint": "abc", "arms": arms})
+    assert evaluate.experiment(tmp_path / "experiment.json", "other") is None
+    found = evaluate.experiment(tmp_path / "experiment.json", "abc")
+    assert found.loc["rabc"].tolist() == [2, 200, 0.5, 0.3, 0.2, 0.4] and np.isnan(found.loc["bc", "low"])
 
 
 def test_a_policy_looks_only_when_it_has_to(in_project, trained, monkeypatch):
@@ -139,7 +168,7 @@ def test_what_is_concluded_is_what_the_figures_say():
 
     assert "undertrained" in say(1, 9, 0.2, 0.6)
     assert "cannot tell them apart" in say(8, 10, -0.1, 0.3)
-    assert say(8, 18, 0.3, 0.7).endswith("the weights helped") and say(18, 8, -0.7, -0.3).endswith("the weights hurt")
+    assert "this rabc is the better" in say(8, 18, 0.3, 0.7) and "this bc is the better" in say(18, 8, -0.7, -0.3)
 
 
 def test_examples_show_successes_and_failures():

@@ -5,10 +5,12 @@ import shutil
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from lerobot.common.train_utils import load_training_state
 from lerobot.configs import PreTrainedConfig, parser
+from lerobot.configs.eval import EvalPipelineConfig
 from lerobot.configs.train import TrainPipelineConfig
 from lerobot.optim.factory import make_optimizer_and_scheduler
 from lerobot.policies import make_policy, make_pre_post_processors
@@ -18,7 +20,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from sarm_lib import lerobot_io, losses, policy
+from sarm_lib import lerobot_io, losses, policy, rabc
 from sarm_lib.dataset import fingerprint
 from sarm_lib.small_pi0 import SmallPI0Policy
 from tests import tiny_policies
@@ -166,6 +168,19 @@ def test_lerobot_s_command_line_finds_the_small_policy(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["lerobot-train", *arguments])
     config = parser.wrap()(read_configuration)()
     assert config.policy.type == "small_pi0" and config.policy.depth == 2
+
+
+def test_lerobot_s_evaluation_opens_the_small_policy(in_project, monkeypatch):
+    config, _ = in_project
+    folder = config.paths.read("policy/bc", "06") / "checkpoints/last/pretrained_model"
+    arguments = [f"--policy.path={folder}", "--discover_packages_path=sarm_lib.small_pi0", "--env.type=pusht"]
+    monkeypatch.setattr(sys, "argv", ["lerobot-eval", *arguments])
+    found = parser.wrap()(read_evaluation)()
+    assert found.policy.type == "small_pi0" and found.policy.pretrained_path == folder
+
+
+def read_evaluation(cfg: EvalPipelineConfig) -> EvalPipelineConfig:
+    return cfg
 
 
 def read_configuration(cfg: TrainPipelineConfig) -> TrainPipelineConfig:
@@ -476,6 +491,10 @@ def test_adapters_are_trained_and_saved_alone(in_project, frames, tmp_path, monk
 
 def test_adapters_need_a_policy_and_known_fields(in_project, tmp_path):
     config, _ = in_project
+    with pytest.raises(ValueError, match=r"policy\.type: vqbet predicts no chunk of actions under a name known here"):
+        policy.make_config(
+            config.policy.model_copy(update={"type": "vqbet", "config": {}, "weighting": "sampling"}), "cpu"
+        )
     with pytest.raises(ValueError, match=r"policy\.peft: adapters change a pretrained policy"):
         policy.make_config(config.policy.model_copy(update={"peft": {"r": 2}}), "cpu")
     with pytest.raises(ValueError, match=r"policy\.peft: LeRobot has no rank; it has .*lora_alpha"):
@@ -497,7 +516,7 @@ def test_an_estimate_counts_what_is_trained(in_project, changes):
     assert more == pytest.approx(found.memory - 16 * found.parameters, rel=0.15), "activations grow with the batch"
 
 
-def test_lerobot_s_training_takes_our_progress(in_project, tmp_path, monkeypatch, caplog):
+def test_lerobot_s_training_takes_our_progress(in_project, tmp_path, monkeypatch, capfd):
     """`lerobot-train` on the annotated dataset, with the file where it looks for it."""
     config, dataset = in_project
     root = tmp_path / "dataset"
@@ -512,6 +531,11 @@ def test_lerobot_s_training_takes_our_progress(in_project, tmp_path, monkeypatch
     ]  # fmt: skip
     monkeypatch.setattr(sys, "argv", arguments)
     lerobot_train.train()
+    said = "".join(capfd.readouterr())
+    table = pd.read_parquet(config.paths.read("sarm_progress.parquet", "05"))
+    ours = rabc.compute(root / "sarm_progress.parquet", "dense", 4, 0.1, 1e-6, [0], lerobot_compat=True)
+    assert f"Loaded {len(table)} frame progress values" in said
+    assert f"mean={ours.delta_mean:.4f}, std={ours.delta_std:.4f}" in said, "its weights are made from our file"
     weights = json.loads((tmp_path / "out/checkpoints/last/pretrained_model/train_config.json").read_text())
     assert weights["sample_weighting"]["kappa"] == 0.1
     assert (tmp_path / "out/checkpoints/last/pretrained_model/model.safetensors").exists()
@@ -546,6 +570,14 @@ def test_smolvla_takes_weights(in_project, tmp_path, monkeypatch):
     fields = {**sizes, "resize_imgs_with_padding": [32, 32], "tokenizer_max_length": 16, "expert_width_multiplier": 0.5}
     ours, theirs, _ = learns_and_acts(config, dataset, tmp_path / "p", {"type": "smolvla", "config": fields})
     torch.testing.assert_close(ours, theirs, msg="its own loss knows padded actions")
+    cached = policy.frames_for(config.policy, dataset, ("train",), "cpu")
+    curves = []
+    for accumulate, size in ((1, 4), (2, 2)):  # one noise, however a step is divided
+        changes = {"type": "smolvla", "config": fields, "steps": 2, "accumulate": accumulate, "batch_size": size}
+        params = config.model_copy(update={"policy": config.policy.model_copy(update=changes)})
+        curves.append(policy.train_arm(policy.Arm("bc"), params, dataset, cached, "cpu", tmp_path / f"a{size}"))
+    for left, right in zip(*curves, strict=True):
+        assert left == pytest.approx(right, rel=1e-4)
 
 
 @pytest.mark.parametrize("draws", [1, 3])

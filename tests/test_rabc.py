@@ -44,6 +44,37 @@ def test_lerobot_compat_gives_lerobot_s_weights(tmp_path, kappa, delta_frames, n
     np.testing.assert_allclose(ours.weight, raw, atol=1e-6)
 
 
+@pytest.mark.parametrize("how", ["holes", "episodes that take turns"])
+def test_lerobot_compat_looks_frames_up_as_lerobot_does(tmp_path, how):
+    from lerobot.rewards.sarm.rabc import RABCWeights
+
+    path = tmp_path / "p.parquet"
+    table = progress_file(path)
+    if how == "holes":
+        table = table.drop([3, 11, 12, 39, 60])
+    else:
+        table.episode_index = table.index % 3
+    table.to_parquet(path, index=False)
+    theirs = RABCWeights(path, chunk_size=5, kappa=0.1, device=torch.device("cpu"))
+    ours = rabc.compute(path, "sparse", 5, 0.1, 1e-6, [0], lerobot_compat=True)
+    expected = {i: theirs._compute_delta(i) for i in table["index"]}
+    found = dict(zip(ours.index.tolist(), ours.delta.tolist(), strict=True))
+    assert found == pytest.approx(
+        {i: float("nan") if d is None else d for i, d in expected.items()}, abs=1e-6, nan_ok=True
+    )
+
+
+def test_what_is_not_finite_is_named(tmp_path):
+    path = tmp_path / "p.parquet"
+    table = progress_file(path, nan_at=[3, 5, 41])
+    with pytest.raises(ValueError, match=r"not finite in 3 frames \(episode 0: 3, 5; episode 1: 1\): score"):
+        rabc.compute(path, "sparse", 5, 0.1, 1e-6, [0])
+    table.loc[7, "progress_sparse"] = np.inf
+    table.to_parquet(path, index=False)
+    with pytest.raises(ValueError, match="infinite somewhere"):
+        rabc.compute(path, "sparse", 5, 0.1, 1e-6, [0], lerobot_compat=True)
+
+
 delta_arrays = st.lists(st.floats(-1, 1, width=32), min_size=3, max_size=60).map(
     lambda x: np.array(x, dtype=np.float32)
 )
@@ -119,7 +150,7 @@ def test_statistics_come_from_training_episodes_alone(tmp_path):
 
 def test_a_nan_is_an_error_that_names_the_frame_and_never_a_weight(tmp_path):
     progress_file(tmp_path / "p.parquet", nan_at=43)
-    with pytest.raises(ValueError, match="first in episode 1 at frame 3"):
+    with pytest.raises(ValueError, match=r"1 frames \(episode 1: 3\)"):
         rabc.compute(tmp_path / "p.parquet", "sparse", 5, 0.1, 1e-6, [0, 1, 2])
 
 

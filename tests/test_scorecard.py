@@ -260,3 +260,12 @@ def test_dense_truth_gives_the_sparse_stages_that_annotations_nest_it_in(parts):
     rows = np.concatenate([np.arange(dataset.num_frames)[e.rows] for e in dataset.split("train")])
     counted = pd.crosstab(labels.stage["dense"][rows], labels.stage["sparse"][rows])
     assert nested.tolist() == counted.to_numpy().argmax(1).tolist()
+
+
+def test_the_parameters_of_every_ablation_fit_together():
+    from benchmarks import scorecard as ablations
+    from sarm_lib import params
+    from tests.conftest import ROOT
+
+    for overrides, _ in ablations.rows(["observation.images.front"]).values():
+        params.load(ROOT / "params.yaml", overrides)
