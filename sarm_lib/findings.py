@@ -75,7 +75,7 @@ def final_progress(final: np.ndarray, succeeded: np.ndarray, high: float = 0.9) 
     if succeeded.all() or not succeeded.any():
         return f"all {len(final)} rollouts ended alike: there is nothing to tell apart"
     said = (
-        f"final progress against true success: ROC area {roc_auc(final, succeeded):.3f}, from {succeeded.sum()} successes and "
-        f"{(~succeeded).sum()} failures; {(final[~succeeded] > high).sum()} of the failures end above {high}"
+        f"final progress against true success: ROC area {roc_auc(final, succeeded):.3f} ({succeeded.sum()} succeeded, "
+        f"{(~succeeded).sum()} failed, and {(final[~succeeded] > high).sum()} of these end above {high})"
     )
     return said + (". So few of one kind say little" if min(succeeded.sum(), (~succeeded).sum()) < FEW else "")

@@ -55,9 +55,6 @@ def test_what_weights_do_to_bad_frames():
 def test_final_progress_counts_the_failures_that_look_like_successes():
     final, succeeded = np.array([1.0, 0.95, 0.2, 0.1]), np.array([True, False, False, False])
     said = findings.final_progress(final, succeeded)
-    assert (
-        "ROC area 1.000, from 1 successes and 3 failures; 1 of the failures end above 0.9" in said
-        and "say little" in said
-    )
+    assert "ROC area 1.000 (1 succeeded, 3 failed, and 1 of these end above 0.9)" in said and "say little" in said
     assert "say little" not in findings.final_progress(np.tile(final, 5), np.tile(succeeded, 5))
     assert "ended alike" in findings.final_progress(final, succeeded & False)

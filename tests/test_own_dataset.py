@@ -1,5 +1,6 @@
 """A user's own dataset through the whole chain: images instead of videos, several files, no cache, from the Hub."""
 
+import pandas as pd
 import pytest
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies import make_pre_post_processors
@@ -8,7 +9,7 @@ from sarm_lib import dataset, params
 from sarm_lib.artifacts import read_json
 from sarm_lib.dataset import rows_of
 from sarm_lib.policy import StreamedFrames
-from tests.conftest import CAMERAS, make_dataset, make_project, run_chapters
+from tests.conftest import CAMERAS, LENGTHS, make_dataset, make_project, run_chapters, run_notebook
 
 JOINTS = "observation.joints"
 
@@ -61,3 +62,17 @@ def test_a_hub_dataset_is_downloaded_at_its_revision_and_opened(tiny, tmp_path, 
     monkeypatch.chdir(make_project(tmp_path / "p", tiny, tiny_encoder, hub))
     opened = dataset.from_params(params.load())
     assert asked == [("someone/cubes", "v1.2")] and opened.camera_keys == list(CAMERAS)
+
+
+def test_a_model_of_a_small_dataset_weights_a_large_one(tmp_path, project, tiny_encoder):
+    """The README's way: chapters 00, 05 and 06 on a dataset that nobody annotated."""
+    large = make_dataset(tmp_path / "large", seed=1, lengths=LENGTHS * 2)
+    named = {"base.outputs": "outputs/large", "rabc.reward_model_path": str(project / "outputs/sarm")}
+    folder = make_project(tmp_path / "p", large, tiny_encoder, named)
+    (folder / "marks.yaml").unlink()
+    for name in ("00_prepare", "05_compute_rabc", "06_train_pi0"):
+        run_notebook(folder, name)
+    weights = pd.read_parquet(folder / "outputs/large/rabc_weights.parquet")
+    assert len(weights) == 2 * sum(LENGTHS) and weights.weight.between(0, 1).all()
+    assert (folder / "outputs/large/policy/rabc/checkpoints/last/pretrained_model/model.safetensors").exists()
+    assert not (folder / "outputs/large/sarm").exists()
