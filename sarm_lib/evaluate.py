@@ -354,7 +354,14 @@ def examples(done: Sequence[Rollout], number: int) -> list[Rollout]:
     return turns[:number]
 
 
-def film(rollout: Rollout, fps: float, frames: int = 12) -> Image.Image:
+def save_film(path: Path, rollout: Rollout, fps: float, every: int = 3) -> None:
+    """Every camera of a recorded rollout, side by side, as a moving picture: one frame of so many, and the last."""
+    shown = [*range(0, rollout.frames - 1, every), rollout.frames - 1]
+    pages = [Image.fromarray(np.hstack([images[t] for images in rollout.images.values()])) for t in shown]
+    charts.save_film(path, pages, rollout.frames / fps)
+
+
+def strip(rollout: Rollout, fps: float, frames: int = 12) -> Image.Image:
     """Every camera of a recorded rollout, so many frames each, one row a camera."""
     shown = np.unique(np.linspace(0, rollout.frames - 1, frames).round().astype(int))
     labels = [f"{t / fps:.1f} s" for t in shown]

@@ -19,7 +19,7 @@ from tests.conftest import chapters, make_dataset, make_encoder, make_project
 FOLDER = Path(__file__).with_name("expected")
 SANITIZE = FOLDER / "sanitize.cfg"
 WIDGET = "application/vnd.jupyter.widget-view+json"
-PICTURES = ("image/png", "image/jpeg", "image/svg+xml")
+PICTURES = ("image/png", "image/jpeg", "image/gif", "image/svg+xml")
 
 
 def expect(project: Path) -> None:
