@@ -31,6 +31,7 @@ import functools
 import json
 import multiprocessing
 import os
+import threading
 import time
 from pathlib import Path
 
@@ -119,6 +120,12 @@ def dit_settings(work: Path) -> dict:
         clip.symlink_to(Path("data/demo/encoder").resolve())
     config = {**DIT, "vision_encoder_name": str(clip), "text_encoder_name": str(clip)}
     return {"policy.type": "multi_task_dit", "policy.config": config, "policy.learning_rate": 5e-4}
+
+
+def end_with_parent() -> None:
+    """A worker whose parent was killed would train on for hours, unseen."""
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 @functools.cache
@@ -314,7 +321,7 @@ def main() -> None:
     if arguments.missing:
         jobs = [(arm, seed) for arm, seed in jobs if seed not in runs.get(arm, {})]
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(arguments.jobs, mp_context=context) as pool:
+    with concurrent.futures.ProcessPoolExecutor(arguments.jobs, context, end_with_parent) as pool:
         futures = {
             pool.submit(run, arm, seed, arguments.kind, overrides, arguments.device, str(work)): (arm, seed)
             for arm, seed in jobs
