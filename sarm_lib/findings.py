@@ -63,10 +63,10 @@ def detection(row: Mapping[str, float]) -> str:
     """Of a row of `diagnosis.detection`: what the weights do to bad frames, and what they let through."""
     if not row["bad"]:
         return "the simulator calls no frame bad"
+    zero = f"weight 0 falls on {row['zero_recall']:.0%} of the bad ones and is right in {row['zero_precision']:.0%}"
     return (
         f"the simulator calls {row['bad'] / row['frames']:.0%} of these frames bad: their mean weight is {row['weight_bad']:.2f}, that "
-        f"of productive ones {row['weight_productive']:.2f}; weight 0 falls on {row['zero_recall']:.0%} of the bad ones and is right "
-        f"in {row['zero_precision']:.0%}"
+        f"of productive ones {row['weight_productive']:.2f}; {zero if row['zero_recall'] else 'weight 0 falls on none of the bad ones'}"
     )
 
 

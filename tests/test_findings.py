@@ -49,6 +49,8 @@ def test_what_weights_do_to_bad_frames():
     }
     said = findings.detection(row)
     assert "25% of these frames bad" in said and "0.30" in said and "20% of the bad" in said and "right in 95%" in said
+    none = findings.detection(row | {"zero_recall": 0.0, "zero_precision": float("nan")})
+    assert none.endswith("weight 0 falls on none of the bad ones")
     assert findings.detection(row | {"bad": 0}) == "the simulator calls no frame bad"
 
 
