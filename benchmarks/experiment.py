@@ -260,8 +260,8 @@ def film(path: Path, arms: list[str], seed: int, kind: str, device: str, work: P
 
 
 def stored(results: Path, common: dict) -> dict[str, dict[int, dict]]:
-    """The runs that the results file has, by arm and seed: those that are not run again stay in it. Exits where they were made
-    from something else: they would be compared with what they are not comparable with."""
+    """The runs that the results file has, by arm and seed. Exits where they were made from something else: they would be
+    compared with what they are not comparable with."""
     if not results.exists():
         return {}
     found = json.loads(results.read_text())
@@ -296,7 +296,7 @@ def main() -> None:
     parser.add_argument("--device", help="base.device of params.yaml if not said")
     parser.add_argument("--jobs", type=int, help="runs at a time: on a CPU a core each, on a GPU one, if not said")
     parser.add_argument("--work", default="outputs/work/experiment")
-    parser.add_argument("--missing", action="store_true", help="only the runs that the results file does not have yet")
+    parser.add_argument("--missing", action="store_true", help="keep the runs that the results file has, and run the others")
     parser.add_argument("--film", type=Path, help="where to put a moving picture of bc and rabc, instead of running anything")
     arguments = parser.parse_args()
     from sarm_lib import dataset, params
@@ -317,9 +317,8 @@ def main() -> None:
     jobs = [(arm, seed) for seed in arguments.seeds for arm in arguments.arms]
     config = params.load("params.yaml", settings)
     common = {"settings": settings, **made_from(config, dataset.from_params(config))}
-    runs = stored(results, common) if arguments.kind == "test" else {}
-    if arguments.missing:
-        jobs = [(arm, seed) for arm, seed in jobs if seed not in runs.get(arm, {})]
+    runs = stored(results, common) if arguments.missing else {}
+    jobs = [(arm, seed) for arm, seed in jobs if seed not in runs.get(arm, {})]
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(arguments.jobs, context, end_with_parent) as pool:
         futures = {
