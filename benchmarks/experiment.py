@@ -36,7 +36,10 @@ import time
 from pathlib import Path
 
 ARMS = ("bc", "rabc", "oracle", "shuffled", "success_filter", "rabc_single", "duration_filter", "top_k", "clean_only")
-STARTS = {"tune": range(50_000, 50_050), "test": range(60_000, 60_100)}  # seeds of the simulator; the dataset's are below
+STARTS = {
+    "tune": range(50_000, 50_050),
+    "test": range(60_000, 60_100),
+}  # seeds of the simulator; the dataset's are below
 POLICY = {  # beside params.yaml's: the same for every arm
     "policy.weighting": "sampling",
     "policy.steps": 2000,
@@ -60,6 +63,7 @@ DIT = {  # LeRobot's configuration of the second policy
     "do_mask_loss_for_padding": True,
 }
 ENVIRONMENTS = 20  # that act together
+SINGLE_STAGE = "scratch/scorecard/single_stage"  # the reward model of one stage, that `make scorecard` trains
 
 
 def arm_weights(arm: str, seed: int, config, demos, work: Path):
@@ -104,7 +108,7 @@ def single_stage_weights(config, demos, work: Path):
     """Weights by the reward model of one stage that `make scorecard` trains, with the same Δ and the same rule for κ."""
     from sarm_lib import checkpoint, encoder, progress, rabc
 
-    model = checkpoint.load_reward_model(config.paths.read("scratch/scorecard/single_stage", "make scorecard"), "cpu")
+    model = checkpoint.load_reward_model(config.paths.read(SINGLE_STAGE, "make scorecard"), "cpu")
     config = config.model_copy(update={"rabc": config.rabc.model_copy(update={"head_mode": "sparse"})})
     embeddings = encoder.open_embeddings(config.paths.read("embeddings", "00_prepare"), demos)
     path = work / "single_stage.parquet"
@@ -180,21 +184,24 @@ def run(arm: str, seed: int, kind: str, overrides: str, device: str, work: str) 
     return found
 
 
-def made_from(config, demos) -> dict:
-    """What all runs of a results file have in common: those of other weights or of other code are not compared with them."""
-    from sarm_lib import artifacts, dataset
+def made_from(arm: str, config) -> dict:
+    """What all runs of an arm have in common beside the settings: the weights, if it reads any, and the code."""
+    from sarm_lib import artifacts
 
+    source = None
+    if arm in ("rabc", "shuffled", "top_k"):
+        source = artifacts.file_digest(config.paths.read("rabc_weights.parquet", "05_compute_rabc"))
+    if arm == "rabc_single":
+        source = artifacts.folder_digest(config.paths.read(SINGLE_STAGE, "make scorecard"))
     return {
-        "fingerprint": dataset.fingerprint(demos.root),  # notebook 07 shows results of its own dataset alone
-        "weights": artifacts.file_digest(config.paths.read("rabc_weights.parquet", "05_compute_rabc")),
-        "settings": artifacts.digest(config.policy.model_dump(), config.rabc.model_dump()),
+        "weights": source,
         "code": artifacts.digest(artifacts.code_digest("policy"), artifacts.code_digest("evaluate")),
     }
 
 
-def report(runs: dict[str, dict[int, dict]], common: dict) -> dict:
-    """Success of every arm, and its difference from plain BC and from shuffled weights, with intervals. common: `settings` and
-    what `made_from` says."""
+def report(runs: dict[str, dict[int, dict]], common: dict, origins: dict[str, dict]) -> dict:
+    """Success of every arm, and its difference from plain BC and from shuffled weights, with intervals. common: what all arms
+    share; origins: what `made_from` says of each."""
     import numpy as np
 
     from sarm_lib import statistics
@@ -204,6 +211,7 @@ def report(runs: dict[str, dict[int, dict]], common: dict) -> dict:
         rows = [by_seed[seed] for seed in sorted(by_seed)]
         successes, rollouts = sum(r["successes"] for r in rows), sum(r["rollouts"] for r in rows)
         arms[arm] = {
+            "made_from": origins[arm],
             "runs": [
                 {key: r[key] for key in ("seed", "successes", "rollouts", "median_seconds", "train_loss")}
                 | {"succeeded": "".join(map(str, r["succeeded"]))}
@@ -216,14 +224,20 @@ def report(runs: dict[str, dict[int, dict]], common: dict) -> dict:
             if arm != other and shared:
                 mine, theirs = (np.array([r[s]["succeeded"] for s in shared]) for r in (by_seed, runs[other]))
                 arms[arm][f"over_{other}"] = statistics.paired_difference(mine, theirs)
-    shared = set.intersection(*(set(runs.get(arm, {})) for arm in ("bc", "rabc", "oracle")))  # seeds that all three have
-    bc, ours, oracle = (sum(runs[arm][s]["successes"] for s in shared) for arm in ("bc", "rabc", "oracle")) if shared else (0, 0, 0)
+    shared = set.intersection(
+        *(set(runs.get(arm, {})) for arm in ("bc", "rabc", "oracle"))
+    )  # seeds that all three have
+    bc, ours, oracle = (
+        (sum(runs[arm][s]["successes"] for s in shared) for arm in ("bc", "rabc", "oracle")) if shared else (0, 0, 0)
+    )
     if oracle != bc:
         arms["rabc"]["gap_closed"] = (ours - bc) / (oracle - bc)
     return {**common, "arms": arms}
 
 
-def film(path: Path, arms: list[str], seed: int, kind: str, device: str, work: Path, shown: int = 5, every: int = 3) -> None:
+def film(
+    path: Path, arms: list[str], seed: int, kind: str, device: str, work: Path, shown: int = 5, every: int = 3
+) -> None:
     """The policies of one training seed from the first starts, side by side: a picture every so many frames. A rollout that
     has ended stays on its last picture, framed blue for a success and orange for a failure."""
     import numpy as np
@@ -248,7 +262,9 @@ def film(path: Path, arms: list[str], seed: int, kind: str, device: str, work: P
         page = Image.new("RGB", (left + shown * (tile + 4), len(arms) * (tile + 4)), "white")
         draw = ImageDraw.Draw(page)
         for row, arm in enumerate(arms):
-            draw.text((4, row * (tile + 4) + tile // 2), {"bc": "plain BC", "rabc": "RA-BC"}.get(arm, arm), "black", font)
+            draw.text(
+                (4, row * (tile + 4) + tile // 2), {"bc": "plain BC", "rabc": "RA-BC"}.get(arm, arm), "black", font
+            )
             for column, r in enumerate(done[arm]):
                 x, y, images = left + column * (tile + 4), row * (tile + 4), r.images[camera]
                 page.paste(Image.fromarray(np.asarray(images[min(t, len(images) - 1)])), (x, y))
@@ -259,19 +275,29 @@ def film(path: Path, arms: list[str], seed: int, kind: str, device: str, work: P
     charts.save_film(path, pages, len(pages) * every / 40)
 
 
-def stored(results: Path, common: dict) -> dict[str, dict[int, dict]]:
-    """The runs that the results file has, by arm and seed. Exits where they were made from something else: they would be
-    compared with what they are not comparable with."""
+def stored(results: Path, common: dict, origins: dict[str, dict]) -> tuple[dict[str, dict[int, dict]], dict[str, dict]]:
+    """The runs that the results file has, by arm and seed, and what each arm was made from.
+
+    origins: of the arms that are to run. Exits where the file is of other settings or data, or an arm would be continued with
+    other weights or code: it would be an average over what is not one thing.
+    """
     if not results.exists():
-        return {}
+        return {}, origins
     found = json.loads(results.read_text())
     other = [key for key in common if found.get(key) != common[key]]
+    other += [
+        f"{key} in {arm}"
+        for arm in origins.keys() & found["arms"].keys()
+        for key in origins[arm]
+        if found["arms"][arm]["made_from"][key] != origins[arm][key]
+    ]
     if other:
-        raise SystemExit(f"{results.name} has runs with other {', '.join(other)}; move it away to begin anew")
-    return {
+        raise SystemExit(f"{results.name} has runs with other {', '.join(sorted(other))}; move it away to begin anew")
+    runs = {
         arm: {run["seed"]: run | {"succeeded": [int(s) for s in run["succeeded"]]} for run in value["runs"]}
         for arm, value in found["arms"].items()
     }
+    return runs, {**{arm: value["made_from"] for arm, value in found["arms"].items()}, **origins}
 
 
 def table(found: dict) -> str:
@@ -280,8 +306,20 @@ def table(found: dict) -> str:
     for arm, value in found["arms"].items():
         successes, rollouts = (sum(r[key] for r in value["runs"]) for key in ("successes", "rollouts"))
         over = value.get("over_bc")
-        text = f"{over['difference']:+.3f} ({over['difference_low']:+.3f} … {over['difference_high']:+.3f})" if over else ""
+        text = (
+            f"{over['difference']:+.3f} ({over['difference_low']:+.3f} … {over['difference_high']:+.3f})"
+            if over
+            else ""
+        )
         lines.append(f"| `{arm}` | {successes} of {rollouts} | {value['success_rate']:.3f} | {text} |")
+    codes = {}
+    for arm, value in found["arms"].items():
+        codes.setdefault(value["made_from"]["code"], []).append(f"`{arm}`")
+    if len(codes) > 1:
+        lines += [
+            "",
+            "Trained by different versions of the code: " + "; ".join(", ".join(arms) for arms in codes.values()) + ".",
+        ]
     return "\n".join(lines)
 
 
@@ -296,8 +334,12 @@ def main() -> None:
     parser.add_argument("--device", help="base.device of params.yaml if not said")
     parser.add_argument("--jobs", type=int, help="runs at a time: on a CPU a core each, on a GPU one, if not said")
     parser.add_argument("--work", default="outputs/work/experiment")
-    parser.add_argument("--missing", action="store_true", help="keep the runs that the results file has, and run the others")
-    parser.add_argument("--film", type=Path, help="where to put a moving picture of bc and rabc, instead of running anything")
+    parser.add_argument(
+        "--missing", action="store_true", help="keep the runs that the results file has, and run the others"
+    )
+    parser.add_argument(
+        "--film", type=Path, help="where to put a moving picture of bc and rabc, instead of running anything"
+    )
     arguments = parser.parse_args()
     from sarm_lib import dataset, params
 
@@ -316,8 +358,10 @@ def main() -> None:
     overrides = json.dumps(settings, sort_keys=True)
     jobs = [(arm, seed) for seed in arguments.seeds for arm in arguments.arms]
     config = params.load("params.yaml", settings)
-    common = {"settings": settings, **made_from(config, dataset.from_params(config))}
-    runs = stored(results, common) if arguments.missing else {}
+    # notebook 07 shows results of its own dataset alone
+    common = {"settings": settings, "fingerprint": dataset.fingerprint(dataset.from_params(config).root)}
+    origins = {arm: made_from(arm, config) for arm in arguments.arms}
+    runs, origins = stored(results, common, origins) if arguments.missing else ({}, origins)
     jobs = [(arm, seed) for arm, seed in jobs if seed not in runs.get(arm, {})]
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(arguments.jobs, context, end_with_parent) as pool:
@@ -331,8 +375,8 @@ def main() -> None:
             runs.setdefault(arm, {})[seed] = done
             print(f"{arm} {seed}: {done['successes']} of {done['rollouts']}, {done['seconds']}", flush=True)
             if arguments.kind == "test":
-                results.write_text(json.dumps(report(runs, common), indent=1) + "\n")
-    print(table(report(runs, common)))
+                results.write_text(json.dumps(report(runs, common, origins), indent=1) + "\n")
+    print(table(report(runs, common, origins)))
 
 
 if __name__ == "__main__":

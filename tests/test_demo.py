@@ -285,12 +285,26 @@ def test_the_experiment_compares_what_is_comparable_and_says_how_much_it_helped(
             "oracle": {0: [1, 1, 1, 1], 1: [1, 1, 0, 1]},
         }.items()
     }  # fmt: skip
-    common = {"settings": {"policy.steps": 4}, "weights": "a"}
-    found = experiment.report(runs, common)
-    (tmp_path / "found.json").write_text(json.dumps(found))
-    assert experiment.report(experiment.stored(tmp_path / "found.json", common), common) == found
-    with pytest.raises(SystemExit, match="runs with other weights; move it away"):
-        experiment.stored(tmp_path / "found.json", {**common, "weights": "b"})
+    common, file = {"settings": {"policy.steps": 4}}, tmp_path / "found.json"
+    origins = {
+        "bc": {"weights": None, "code": "1"},
+        "rabc": {"weights": "a", "code": "1"},
+        "oracle": {"weights": None, "code": "1"},
+    }
+    found = experiment.report(runs, common, origins)
+    file.write_text(json.dumps(found))
+    further = {"top_k": {"weights": "b", "code": "2"}}
+    for to_run in (origins, further):
+        again, from_what = experiment.stored(file, common, to_run)
+        assert from_what == origins | to_run and experiment.report(again, common, from_what) == found
+    with pytest.raises(SystemExit, match="runs with other weights in rabc; move it away"):
+        experiment.stored(file, common, {"rabc": {"weights": "b", "code": "1"}})
+    with pytest.raises(SystemExit, match="runs with other settings; move it away"):
+        experiment.stored(file, {"settings": {"policy.steps": 8}}, further)
+    later = experiment.report({**runs, "top_k": runs["rabc"]}, common, origins | further)
+    assert later["arms"]["top_k"]["over_bc"] == found["arms"]["rabc"]["over_bc"]
+    assert "different versions of the code: `bc`, `rabc`, `oracle`; `top_k`." in experiment.table(later)
+    assert "different" not in experiment.table(found)
     assert found["arms"]["rabc"]["success_rate"] == 5 / 8 and found["arms"]["rabc"]["gap_closed"] == pytest.approx(
         3 / 5
     )
