@@ -12,6 +12,7 @@ import functools
 import importlib
 import itertools
 import math
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -33,11 +34,12 @@ from sarm_lib.checkpoint import RewardModel
 from sarm_lib.dataset import Dataset, Episode
 from sarm_lib.encoder import Embeddings, Encoder
 from sarm_lib.live import bar
-from sarm_lib.policy import CachedFrames, StreamedFrames
+from sarm_lib.policy import CachedFrames, StreamedFrames, load
 from sarm_lib.progress import Scores, score
 from sarm_lib.statistics import wilson
 from sarm_lib.windows import FrameStore, pad_state
 
+ARMS = ("bc", "rabc")  # what notebook 06 trains
 UNDERTRAINED = 0.2  # plain BC below this says little about weights
 
 
@@ -113,6 +115,19 @@ def try_environments(params) -> tuple[list[gymnasium.Env], str | None]:
         return open_environments(make, min(settings.num_environments, settings.rollouts)), None
     except Unavailable as error:
         return [], f"{error}\nActions are compared instead."
+
+
+def policies(params, device: str) -> dict[str, tuple[PreTrainedPolicy, Any, Any]]:
+    """The policies of notebook 06 and those that `evaluate.policies` names, with their processors, by name."""
+    sources: dict[str, Path | str] = {arm: params.paths.read(f"policy/{arm}", "06_train_pi0") for arm in ARMS}
+    for name, source in params.evaluate.policies.items():
+        folder = params.paths.resolve(source)
+        if not folder.exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+            raise FileNotFoundError(
+                f"evaluate.policies: {name}: there is no folder {source}, and no Hub id looks like that"
+            )
+        sources[name] = folder if folder.exists() else source
+    return {name: load(source, device) for name, source in sources.items()}
 
 
 def task_of(params, dataset: Dataset) -> str:

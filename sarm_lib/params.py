@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, PrivateAttr, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    PrivateAttr,
+    ValidationError,
+    model_validator,
+)
 
 from sarm_lib.artifacts import digest
 
@@ -213,6 +222,17 @@ class Policy(Section):
     save_every: Positive
 
 
+def _named(policies: dict[str, str]) -> dict[str, str]:
+    """Names that metrics and files can carry, and that say something else nowhere."""
+    taken = {"bc", "rabc", "difference", "compared_by", "final_progress_auc"}
+    for name in policies:
+        if name in taken or not re.fullmatch(r"[\w-]+", name):
+            raise ValueError(
+                f"a name of letters, digits, _ and - that is none of {', '.join(sorted(taken))}, not {name!r}"
+            )
+    return policies
+
+
 class Evaluate(Section):
     """07: the policies act in a simulator, or are held against held-out episodes."""
 
@@ -222,6 +242,7 @@ class Evaluate(Section):
     first_seed: Annotated[int, Field(ge=0)]
     num_environments: Positive  # that act together
     max_frames: Positive
+    policies: Annotated[dict[str, str], AfterValidator(_named)]  # others beside 06's: a name, and a folder or Hub id
     task: str | None  # what the policies are told; None for the only task of the dataset
     num_visualizations: Annotated[int, Field(ge=0)]  # rollouts of each arm to show
     reference_group: str | None  # without a simulator: test episodes of this group; None for all

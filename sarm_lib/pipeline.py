@@ -86,6 +86,8 @@ def write_sources(root: Path) -> None:
         for name, path in (("reward_model", params.rabc.reward_model_path), ("policy", params.policy.pretrained_path)):
             files = folder_identity(params.paths.resolve(path)) if path else None
             write_json(partial / f"{name}.json", {"path": path, "files": files})
+        others = {name: folder_identity(params.paths.resolve(path)) for name, path in params.evaluate.policies.items()}
+        write_json(partial / "policies.json", others)
         taken = params.rabc.progress_path and params.paths.resolve(params.rabc.progress_path)
         write_json(partial / "progress.json", {"file": file_digest(taken) if taken and taken.is_file() else None})
         write_json(partial / "environment.json", describe_environment(root, params.evaluate.environment))

@@ -696,9 +696,13 @@ def first_action(folder: Path, frames: CachedFrames | StreamedFrames, episode: E
     return postprocessor(policy.select_action(observation))[0].cpu().numpy()
 
 
-def load(folder: Path, device: str) -> tuple[PreTrainedPolicy, Any, Any]:
-    """A trained policy with its processors, by LeRobot's own loading."""
-    path = folder / CHECKPOINT / "pretrained_model"
+def load(source: Path | str, device: str) -> tuple[PreTrainedPolicy, Any, Any]:
+    """A trained policy with its processors, by LeRobot's own loading.
+
+    source: where a training left its checkpoints, ours or `lerobot-train`'s; the folder of a model; or a Hub id.
+    """
+    newest = Path(source) / CHECKPOINT / "pretrained_model"
+    path = newest if newest.exists() else source
     config = PreTrainedConfig.from_pretrained(path)
     config.pretrained_path, config.device = path, device
     adapters = AdapterConfig.from_pretrained(path) if config.use_peft else None

@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy.stats import bootstrap
 
-from sarm_lib import checkpoint, encoder, evaluate, policy, statistics
+from sarm_lib import checkpoint, encoder, evaluate, params, policy, statistics
 from sarm_lib.artifacts import write_json
 from tests.conftest import CAMERAS
 
@@ -72,6 +72,23 @@ def test_an_environment_that_says_or_shows_too_little_is_an_error(trained, monke
         act(blind)
     with pytest.raises(ValueError, match="it shows ndarray; LeRobot's environments show"):
         evaluate.open_environments(evaluate.environment("CartPole-v1"), 1)
+
+
+@pytest.mark.usefixtures("in_project")
+def test_other_policies_act_beside_those_of_notebook_06():
+    saved = "outputs/policy/rabc/checkpoints/last/pretrained_model"  # as a Hub repository or `lerobot-train` holds it
+    named = params.load(overrides={"evaluate.policies": {"again": saved, "folder": "outputs/policy/rabc"}})
+    found = evaluate.policies(named, "cpu")
+    assert list(found) == ["bc", "rabc", "again", "folder"]
+    acted = {
+        name: [r.frames for r in evaluate.rollouts(found[name], [Line()], [4], 12, "stack the cubes", quiet=True)]
+        for name in found
+    }
+    assert acted["again"] == acted["folder"] == acted["rabc"]
+    with pytest.raises(FileNotFoundError, match=r"evaluate\.policies: act: there is no folder outputs/policy/act"):
+        evaluate.policies(params.load(overrides={"evaluate.policies": {"act": "outputs/policy/act"}}), "cpu")
+    with pytest.raises(params.ParamsError, match=r"evaluate\.policies: .*none of bc, .* not 'bc'"):
+        params.load(overrides={"evaluate.policies": {"bc": saved}})
 
 
 def test_the_experiment_is_told_of_its_own_dataset_only(tmp_path):

@@ -76,3 +76,7 @@ def test_a_model_of_a_small_dataset_weights_a_large_one(tmp_path, project, tiny_
     assert len(weights) == 2 * sum(LENGTHS) and weights.weight.between(0, 1).all()
     assert (folder / "outputs/large/policy/rabc/checkpoints/last/pretrained_model/model.safetensors").exists()
     assert not (folder / "outputs/large/sarm").exists()
+    # and from the progress file alone
+    taken = {"base.outputs": "outputs/taken", "rabc.progress_path": "outputs/large/sarm_progress.parquet"}
+    run_notebook(folder, "05_compute_rabc", taken)
+    pd.testing.assert_frame_equal(pd.read_parquet(folder / "outputs/taken/rabc_weights.parquet"), weights)
