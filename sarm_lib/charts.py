@@ -6,6 +6,7 @@ mouse as well in a notebook that somebody has open.
 """
 
 import io
+import itertools
 from pathlib import Path
 
 import altair as alt
@@ -22,7 +23,20 @@ PREDICTED, TARGET, ACCENT = "#0072B2", "#7F7F7F", "#D55E00"
 LIGHT = {"#E69F00", "#56B4E9", "#F0E442", "#CC79A7"}  # black letters on these
 WIDTH, HEIGHT = 640, 220
 MOST_POINTS = 1200  # of a curve: twice its width in pixels
-MOST_ROWS, MOST_EPISODES = 5000, 60  # of a chart in which an episode can be chosen: it carries all of its curves
+MOST_ROWS, MOST_EPISODES = (
+    5000,
+    60,
+)  # of a chart: Altair takes no more rows; so many episodes or rollouts, each with its curves
+DASHES = (
+    [1, 0],
+    [7, 3],
+    [2, 2],
+    [9, 2, 2, 2],
+    [4, 4],
+    [12, 3],
+    [1, 3],
+    [6, 2, 1, 2],
+)  # of curves, for print without colours
 VEGA_LITE_OF_LAB = "application/vnd.vegalite.v5+json"
 Segments = list[tuple[str, int, int]]
 
@@ -70,8 +84,27 @@ def stage_scale(names: list[str]) -> alt.Scale:
 
 
 def thinned(length: int, most: int = MOST_POINTS) -> np.ndarray:
-    """Which of `length` frames a curve draws: all, or `most` evenly spaced ones. Altair takes 5,000 rows a chart."""
+    """Which of `length` frames a curve draws: all, or `most` evenly spaced ones."""
     return np.unique(np.linspace(0, length - 1, min(length, most)).round().astype(int))
+
+
+def telling(values: np.ndarray, most: int) -> np.ndarray:
+    """Which frames of `values` (T,) a curve draws that may lose no short drop: all, or the lowest and the highest of every
+    one of equal stretches, at most `most` of them."""
+    if len(values) <= most:
+        return np.arange(len(values))
+    edges = np.linspace(0, len(values), max(1, most // 2) + 1).astype(int)
+    ends = [a + np.array([values[a:b].argmin(), values[a:b].argmax()]) for a, b in itertools.pairwise(edges)]
+    return np.unique(ends)
+
+
+def _by_curve(names: list[str], colours: list[str], dashed: dict[str, list[int]] | None = None) -> dict:
+    """Colour and dash of every curve, by the column `curve`, in one legend."""
+    dashes = [(dashed or {}).get(name, DASHES[0]) for name in names]
+    return {
+        "color": alt.Color("curve:N", scale=alt.Scale(domain=names, range=colours), title=None),
+        "strokeDash": alt.StrokeDash("curve:N", scale=alt.Scale(domain=names, range=dashes), title=None),
+    }
 
 
 def episode_lengths(table: pd.DataFrame) -> alt.Chart:
@@ -97,57 +130,65 @@ def episode_lengths(table: pd.DataFrame) -> alt.Chart:
 
 
 def learning_curve(curve: pd.DataFrame, columns: list[str], title: str) -> alt.Chart:
-    """`columns` of a learning curve over `step`, on a logarithmic scale."""
-    table = curve.melt("step", columns, var_name="curve", value_name="value").dropna()  # not every step is validated
+    """`columns` of a learning curve over `step`, on a logarithmic scale; any number of steps."""
+    tables = []
+    for column in columns:
+        mine = curve[["step", column]].dropna()  # not every step is validated
+        mine = mine.iloc[thinned(len(mine), MOST_ROWS // len(columns))] if len(mine) else mine
+        tables.append(mine.set_axis(["step", "value"], axis=1).assign(curve=column))
+    colours = [STAGE_COLOURS[i % len(STAGE_COLOURS)] for i in range(len(columns))]
+    dashed = {column: DASHES[i % len(DASHES)] for i, column in enumerate(columns)}
     return (
-        alt.Chart(table, title=title)
+        alt.Chart(pd.concat(tables), title=title)
         .mark_line(point=len(curve) < 40)
         .encode(
             x=alt.X("step:Q"),
             y=alt.Y("value:Q", scale=alt.Scale(type="log"), title="loss"),
-            color=alt.Color("curve:N", scale=stage_scale(columns), title=None),
+            **_by_curve(columns, colours, dashed),
         )
         .properties(width=WIDTH, height=HEIGHT)
     )
 
 
-def progress(predicted: np.ndarray, target: np.ndarray | None, fps: int, title: str) -> alt.Chart:
-    """Predicted progress (T,) of an episode over the target's."""
-    shown = thinned(len(predicted))
-    curves = {"predicted": predicted} | ({} if target is None else {"target": target})
-    table = pd.concat(
-        [pd.DataFrame({"time": shown / fps, "progress": v[shown], "curve": name}) for name, v in curves.items()]
-    )
-    return (
-        alt.Chart(table, title=title)
-        .mark_line()
-        .encode(
-            x=alt.X("time:Q", title="time (s)", scale=alt.Scale(nice=False)),
-            y=alt.Y("progress:Q", title="progress φ", scale=alt.Scale(domain=[0, 1])),
-            color=alt.Color(
-                "curve:N", scale=alt.Scale(domain=["predicted", "target"], range=[PREDICTED, TARGET]), title=None
-            ),
-            strokeDash=alt.StrokeDash(
-                "curve:N", scale=alt.Scale(domain=["predicted", "target"], range=[[1, 0], [5, 4]]), legend=None
-            ),
-        )
-        .properties(width=WIDTH, height=HEIGHT)
-    )
-
-
-def episode(
-    images: np.ndarray,
-    labels: list[str],
-    predicted: np.ndarray,
-    target: np.ndarray | None,
-    probabilities: np.ndarray,
-    names: list[str],
-    fps: int,
+def panel(
     title: str,
-) -> Image.Image:
-    """Frames of an episode over its progress and its stage probabilities, as one picture."""
-    parts = [progress(predicted, target, fps, title), stage_probabilities(probabilities, names, fps)]
-    chart = alt.vconcat(*parts).resolve_scale(color="independent", x="shared")
+    curves: dict[str, np.ndarray],
+    fps: float,
+    kind: str = "lines",
+    domain: tuple[float, float] | None = (0, 1),
+    colours: list[str] | None = None,
+    dashed: tuple[str, ...] = (),
+) -> alt.Chart:
+    """Curves (T,) of an episode over time, or areas stacked on one another, the first at the bottom."""
+    names = list(curves)
+    shown = thinned(len(curves[names[0]]), min(MOST_POINTS, MOST_ROWS // len(names)))
+    colours = colours or [STAGE_COLOURS[i % len(STAGE_COLOURS)] for i in range(len(names))]
+    tables = [
+        pd.DataFrame({"time": shown / fps, "value": np.asarray(v, dtype=float)[shown], "curve": name, "order": i})
+        for i, (name, v) in enumerate(curves.items())
+    ]
+    chart = alt.Chart(pd.concat(tables)).properties(width=WIDTH)
+    x = alt.X("time:Q", title="time (s)", scale=alt.Scale(nice=False))
+    if kind == "areas":
+        y = alt.Y("value:Q", stack="zero", title=title, scale=alt.Scale(domain=domain) if domain else alt.Undefined)
+        color = alt.Color("curve:N", scale=alt.Scale(domain=names, range=colours), title=None)
+        return chart.mark_area().encode(x=x, y=y, color=color, order="order:Q").properties(height=HEIGHT // 3)
+    y = alt.Y("value:Q", title=title, scale=alt.Scale(domain=domain) if domain else alt.Scale(zero=False))
+    looks = _by_curve(names, colours, {name: [5, 4] for name in dashed})
+    return chart.mark_line().encode(x=x, y=y, **looks).properties(height=HEIGHT)
+
+
+def progress(predicted: np.ndarray, target: np.ndarray | None, fps: float, title: str) -> alt.Chart:
+    """Predicted progress (T,) of an episode over the target's."""
+    curves = {"predicted": predicted} | ({} if target is None else {"target": target})
+    return panel("progress φ", curves, fps, colours=[PREDICTED, TARGET][: len(curves)], dashed=("target",)).properties(
+        title=title
+    )
+
+
+def episode(images: np.ndarray, labels: list[str], panels: list[alt.Chart], title: str) -> Image.Image:
+    """Frames of an episode over its panels, as one picture."""
+    chart = alt.vconcat(*panels, title=title).resolve_scale(color="independent", strokeDash="independent", x="shared")
     curves = Image.open(io.BytesIO(vl_convert.vegalite_to_png(chart.to_json(), scale=2))).convert("RGB")
     strip = filmstrip(images, labels, width=curves.width)
     page = Image.new("RGB", (curves.width, strip.height + curves.height), "white")
@@ -188,25 +229,6 @@ def save_film(path: Path, pages: list[Image.Image], seconds: float) -> None:
     pages = [page.quantize(method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE) for page in pages]
     durations = [max(20, round(1000 * seconds / len(pages)))] * (len(pages) - 1) + [2000]
     pages[0].save(path, save_all=True, append_images=pages[1:], duration=durations, loop=0, optimize=True)
-
-
-def stage_probabilities(probabilities: np.ndarray, names: list[str], fps: int) -> alt.Chart:
-    """Stacked stage probabilities (T, K) over time."""
-    shown = thinned(len(probabilities), MOST_POINTS // len(names))
-    table = pd.DataFrame(probabilities[shown], columns=names).assign(time=shown / fps)
-    table = table.melt("time", var_name="stage", value_name="probability")
-    table["order"] = table.stage.map({name: k for k, name in enumerate(names)})
-    return (
-        alt.Chart(table)
-        .mark_area()
-        .encode(
-            x=alt.X("time:Q", title="time (s)", scale=alt.Scale(nice=False)),
-            y=alt.Y("probability:Q", stack="normalize", title="stage probability"),
-            color=alt.Color("stage:N", scale=stage_scale(names), title=None),
-            order="order:Q",
-        )
-        .properties(width=WIDTH, height=HEIGHT // 3)
-    )
 
 
 WEIGHT_KINDS = ("weight 0", "soft weight", "weight 1")
@@ -262,7 +284,8 @@ def linked_episodes(
     rows = []
     for index in table.episode:
         mine = pd.DataFrame(curves[int(index)])
-        mine = mine.iloc[thinned(len(mine), MOST_ROWS // len(table))].astype(float).round(4)
+        telling_curve = mine["weight" if "weight" in mine else names[0]].to_numpy()
+        mine = mine.iloc[telling(telling_curve, MOST_ROWS // len(table))].astype(float).round(4)
         rows.append(mine.assign(episode=index, time=(mine.index / fps).round(3)))
     lengths = {index: len(curves[int(index)][names[0]]) / fps for index in table.episode}
     table = table[[c for c in ("episode", "group", measure, "why") if c in table]]
@@ -302,15 +325,15 @@ def linked_episodes(
         dotted = lines.mark_circle(size=45, opacity=1).encode(color=alt.Color("weight:Q", scale=scale))
         panel = lines.mark_line(color="#BBBBBB") + dotted
     else:
-        scale = alt.Scale(domain=drawn, range=[PREDICTED, TARGET, *STAGE_COLOURS[2:]][: len(drawn)])
-        panel = lines.mark_line().encode(color=alt.Color("curve:N", scale=scale, title=None))
+        colours = [PREDICTED, TARGET, *STAGE_COLOURS[2:]][: len(drawn)]
+        panel = lines.mark_line().encode(**_by_curve(drawn, colours, {"target": [5, 4]}))
     when = alt.selection_point(fields=["time"], nearest=True, on="pointerover", empty=False)
     values = [alt.Tooltip("time:Q", format=".2f"), *(alt.Tooltip(f"{n}:Q", format=".3f") for n in names)]
     reading = shown.mark_rule(color="#888888").encode(
         x=x, opacity=alt.condition(when, alt.value(1), alt.value(0)), tooltip=values
     )
     panel = (panel + reading.add_params(when) + name).properties(width=WIDTH, height=HEIGHT)
-    return alt.vconcat(dots, panel).resolve_scale(color="independent", size="independent")
+    return alt.vconcat(dots, panel).resolve_scale(color="independent", size="independent", strokeDash="independent")
 
 
 def scorecard(figures: dict[str, dict[str, float]], metric: str, title: str) -> alt.LayerChart:
@@ -334,34 +357,36 @@ def scorecard(figures: dict[str, dict[str, float]], metric: str, title: str) -> 
 
 
 def policy_curve(curve: pd.DataFrame) -> alt.Chart:
-    """Training loss over `step` by `arm`."""
+    """Training loss over `step` by `arm`; any number of steps."""
     arms = list(dict.fromkeys(curve.arm))
+    tables = [curve[curve.arm == arm] for arm in arms]
+    table = pd.concat([mine.iloc[thinned(len(mine), MOST_ROWS // len(arms))] for mine in tables])
+    colours = [TARGET, PREDICTED, *STAGE_COLOURS][: len(arms)]
     return (
-        alt.Chart(curve, title="Training loss of both policies")
+        alt.Chart(table.rename(columns={"arm": "curve"}), title="Training loss of both policies")
         .mark_line()
         .encode(
             x="step:Q",
             y=alt.Y("loss:Q", scale=alt.Scale(zero=False)),
-            color=alt.Color(
-                "arm:N",
-                scale=alt.Scale(domain=arms, range=[TARGET, PREDICTED, *STAGE_COLOURS][: len(arms)]),
-                title=None,
-            ),
+            **_by_curve(arms, colours, dict(zip(arms, DASHES, strict=False))),
         )
         .properties(width=WIDTH, height=HEIGHT)
     )
 
 
 def rollouts(scores: dict[str, list[np.ndarray]], done: dict[str, list], fps: float) -> alt.FacetChart:
-    """Progress of every rollout over time, a row an arm, coloured by how it ended."""
+    """Progress of every rollout over time, a row an arm, coloured by how it ended; the first ones of very many."""
+    scores = {arm: of_arm[:MOST_EPISODES] for arm, of_arm in scores.items()}
+    cut = any(len(done[arm]) > MOST_EPISODES for arm in scores)
+    points = max(2, MOST_ROWS // max(1, sum(len(of_arm) for of_arm in scores.values())))
     tables = [
-        pd.DataFrame({"time": shown / fps, "progress": phi[shown], "rollout": str(r.seed), "arm": arm, "ended": end})
+        pd.DataFrame({"time": shown / fps, "progress": phi[shown], "rollout": str(r.seed), "arm": arm, "curve": end})
         for arm in scores
-        for phi, r in zip(scores[arm], done[arm], strict=True)
+        for phi, r in zip(scores[arm], done[arm], strict=False)
         for end in ["success" if r.success else "failure"]
-        for shown in [thinned(len(phi), MOST_POINTS // max(1, len(scores[arm])))]
+        for shown in [thinned(len(phi), points)]
     ]
-    tables.sort(key=lambda table: table.ended.iloc[0] == "success")  # drawn last, over the failures
+    tables.sort(key=lambda table: table.curve.iloc[0] == "success")  # drawn last, over the failures
     lines = (
         alt.Chart(pd.concat(tables))
         .mark_line(opacity=0.8)
@@ -369,14 +394,31 @@ def rollouts(scores: dict[str, list[np.ndarray]], done: dict[str, list], fps: fl
             x=alt.X("time:Q", title="time (s)", scale=alt.Scale(nice=False)),
             y=alt.Y("progress:Q", title="progress φ", scale=alt.Scale(domain=[0, 1])),
             detail="rollout:N",
-            color=alt.Color(
-                "ended:N", scale=alt.Scale(domain=["success", "failure"], range=[PREDICTED, ACCENT]), title=None
-            ),
+            **_by_curve(["success", "failure"], [PREDICTED, ACCENT], {"failure": DASHES[1]}),
         )
         .properties(width=WIDTH, height=HEIGHT // 2)
     )
     header = alt.Header(title=None, labelAnchor="start", labelOrient="top")
-    return lines.facet(row=alt.Row("arm:N", sort=list(scores), header=header), title="Progress of every rollout")
+    title = f"Progress of {f'the first {MOST_EPISODES} rollouts' if cut else 'every rollout'}"
+    return lines.facet(row=alt.Row("arm:N", sort=list(scores), header=header), title=title)
+
+
+def mean_weights(table: pd.DataFrame, kappa: float, title: str) -> alt.LayerChart:
+    """What κ and Δ do together: columns `kappa`, `mean weight` and `curve` (one a Δ), the κ in use marked."""
+    names = list(dict.fromkeys(table.curve))
+    lines = (
+        alt.Chart(table, title=title)
+        .mark_line()
+        .encode(
+            x=alt.X("kappa:Q", title="κ"),
+            y=alt.Y("mean weight:Q", scale=alt.Scale(domain=[0, 1])),
+            **_by_curve(names, list(STAGE_COLOURS[: len(names)]), dict(zip(names, DASHES, strict=False))),
+        )
+    )
+    healthy = pd.DataFrame({"low": [0.3], "high": [0.8]})
+    band = alt.Chart(healthy).mark_rect(color="#EEEEEE").encode(y=alt.Y("low:Q"), y2="high:Q")
+    rule = alt.Chart(pd.DataFrame({"kappa": [kappa]})).mark_rule(strokeDash=[4, 3]).encode(x="kappa:Q")
+    return (band + lines + rule).properties(width=WIDTH, height=HEIGHT)
 
 
 def filmstrip(images: np.ndarray, labels: list[str], width: int = 1280) -> Image.Image:
@@ -423,7 +465,8 @@ def annotated_episode(
         draw.text((4, y + 6), head, fill="black", font=font)
         draw.rectangle((left, y, width - 1, y + bar), fill="#DDDDDD")  # seen where no segment is
         for subtask, start, end in rows:
-            colour = STAGE_COLOURS[names[head].index(subtask) % len(STAGE_COLOURS)]
+            known = subtask in names[head]  # a correction may name what the vocabulary has no more
+            colour = STAGE_COLOURS[names[head].index(subtask) % len(STAGE_COLOURS)] if known else "#777777"
             x0, x1 = x_of(start), x_of(end + 1)
             draw.rectangle((x0, y, x1 - 1, y + bar), fill=colour)
             if start:

@@ -1,8 +1,10 @@
 """Executed notebooks as HTML pages that open without a network: browsers draw MathML themselves, and a widget, behind
 which no kernel stands any more, is what it says of itself in words."""
 
+import ast
 import html
 import os
+import re
 from pathlib import Path
 
 import jinja2
@@ -20,6 +22,13 @@ TEMPLATE = """\
 {%- block html_head_js -%}{%- endblock -%}
 {%- block html_head_js_mathjax -%}{%- endblock -%}
 {%- block html_head_js_mermaidjs -%}{%- endblock -%}
+{%- block input_group -%}
+{%- if cell.metadata.folded -%}<details><summary>imports and parameters</summary>{{ super() }}</details>
+{%- else -%}{{ super() }}{%- endif -%}
+{%- endblock input_group -%}
+{%- block data_png scoped -%}
+{{ super() | replace('<img src', '<img alt="' ~ (output.metadata.alt | escape_html) ~ '" src') }}
+{%- endblock data_png -%}
 """
 
 
@@ -27,8 +36,13 @@ def write_html(notebook: Path, written_in: Path) -> Path:
     """Write an executed notebook as `.html` beside it; its links are relative to `written_in`. Returns where it is."""
     page = nbformat.read(notebook, as_version=4)
     page.metadata.pop("widgets", None)  # without their state, the text of widgets is shown
+    heading = notebook.stem
     for cell in page.cells:
-        cell["outputs"] = [output for output in map(_without_bars, cell.get("outputs", [])) if output]
+        heading = next(iter(re.findall(r"^#+ (.*)", cell.source, re.MULTILINE)[-1:]), heading)
+        cell.metadata["folded"] = cell.cell_type == "code" and _only_sets_up(cell.source)
+        for output in cell.get("outputs", []):  # what a picture shows, for who does not see it
+            output.setdefault("metadata", {})["alt"] = heading
+        cell["outputs"] = [_with_films(output) for output in map(_without_bars, cell.get("outputs", [])) if output]
     exporter = _Exporter(embed_images=True, raw_template=TEMPLATE)
     exporter.way_back = os.path.relpath(written_in, notebook.parent)
     text, _ = exporter.from_notebook_node(page, {"metadata": {"name": notebook.stem, "path": str(notebook.parent)}})
@@ -37,12 +51,29 @@ def write_html(notebook: Path, written_in: Path) -> Path:
     return notebook.with_suffix(".html")
 
 
+def _only_sets_up(source: str) -> bool:
+    """Whether a cell imports, or says which parameters, and nothing else: a reader of the page need not see it first."""
+    names = {"params_file", "overrides"}
+    for line in ast.parse(source).body:
+        sets = isinstance(line, ast.Assign) and {getattr(target, "id", "") for target in line.targets} <= names
+        if not sets and not isinstance(line, (ast.Import, ast.ImportFrom)):
+            return False
+    return True
+
+
 def _without_bars(output: nbformat.NotebookNode) -> nbformat.NotebookNode | None:
     """An output without the lines that say how far the work was; None if it was nothing else."""
     if output.get("name") != "stderr":
         return output
     output.text = LINES.sub("", output.text)
     return output if output.text.strip() else None
+
+
+def _with_films(output: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """An output whose moving picture is in the page: nbconvert knows no GIF."""
+    if film := output.get("data", {}).pop("image/gif", None):
+        output.data["text/html"] = f'<img alt="film" src="data:image/gif;base64,{film}">'
+    return output
 
 
 class _Renderer(IPythonRenderer):

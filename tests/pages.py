@@ -3,7 +3,7 @@
     make pages        # renew them, then read `git diff tests/expected`
 
 A stored page holds a notebook's outputs without pictures; its cells are those of `notebooks/`, so a cell that was changed is
-compared with what it said before. Numbers count to two decimals (`sanitize.cfg`), so that another processor's rounding is
+compared with what it said before. Numbers count to two decimals, small ones to two digits (`sanitize.cfg`), so that another processor's rounding is
 no difference, and neither are progress bars, times and folders.
 """
 

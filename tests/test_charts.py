@@ -1,5 +1,7 @@
 """Charts are drawn from datasets of any length: Altair takes 5,000 rows, an episode may have more frames."""
 
+from types import SimpleNamespace
+
 import altair as alt
 import numpy as np
 import pandas as pd
@@ -17,9 +19,20 @@ def rng():
 def long_episode():
     images = rng().integers(0, 255, (8, 32, 32, 3), dtype=np.uint8)
     curve = np.linspace(0, 1, FRAMES)
-    return charts.episode(
-        images, ["0 s"] * 8, curve, curve, rng().dirichlet(np.ones(5), FRAMES), NAMES, 30, "a long episode"
-    )
+    stages = dict(zip(NAMES, rng().dirichlet(np.ones(5), FRAMES).T, strict=True))
+    panels = [charts.progress(curve, curve, 30, ""), charts.panel("stage", stages, 30, "areas")]
+    return charts.episode(images, ["0 s"] * 8, panels, "a long episode")
+
+
+def long_training(draw):
+    steps = pd.DataFrame({"step": range(FRAMES), "loss": 1.0, "val": 1.0})
+    return draw(steps)
+
+
+def many_rollouts(number):
+    ended = [SimpleNamespace(seed=i, success=i % 2 == 0) for i in range(number)]
+    arms = {"bc": ended, "rabc": ended}
+    return charts.rollouts({arm: [np.linspace(0, 1, 300)] * number for arm in arms}, arms, 30).to_dict()
 
 
 def linked(episodes: int = 3, **curves):
@@ -34,6 +47,9 @@ def linked(episodes: int = 3, **curves):
     [
         long_episode,
         lambda: linked(episodes=90).to_dict(),
+        lambda: long_training(lambda t: charts.learning_curve(t, ["loss", "val"], "loss")).to_dict(),
+        lambda: long_training(lambda t: charts.policy_curve(pd.concat([t.assign(arm=a) for a in "ab"]))).to_dict(),
+        lambda: many_rollouts(3000),
         lambda: charts.delta_histogram(rng().normal(size=FRAMES), rng().random(FRAMES).round(), 0.1).to_dict(),
         lambda: charts.episode_lengths(
             pd.DataFrame(
@@ -50,6 +66,16 @@ def test_a_thinned_curve_keeps_its_ends_and_a_short_one_every_frame():
     assert charts.thinned(500).tolist() == list(range(500))
     shown = charts.thinned(100_000)
     assert len(shown) == charts.MOST_POINTS and shown[0] == 0 and shown[-1] == 99_999
+
+
+def test_a_short_drop_in_a_long_episode_is_drawn():
+    weight = np.ones(10_000)
+    weight[7_123] = 0
+    shown = charts.telling(weight, 80)
+    assert 7_123 in shown and len(shown) <= 80
+    assert charts.telling(weight[:60], 80).tolist() == list(range(60))
+    drawn = max(linked(progress=np.linspace(0, 1, 10_000), weight=weight).to_dict()["datasets"].values(), key=len)
+    assert min(row["weight"] for row in drawn) == 0
 
 
 def test_the_lengths_are_counted_once():

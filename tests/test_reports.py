@@ -22,8 +22,15 @@ def html(tmp_path) -> str:
             "stream", name="stderr", text="a: 10% (2 of 20 steps), 00:10 passed, 03:10 left, loss=1\nmind <this>\n"
         ),
         new_output("stream", name="stdout", text="said: 5% (1 of 20 frames), 1 passed, 2 left\n"),
+        new_output("display_data", {"image/gif": "R0lGOD", "text/plain": "<IPython.core.display.Image object>"}),
+        new_output("display_data", {"image/png": "iVBORw", "text/plain": "alt.Chart(...)"}),
     ]
-    page = new_notebook(cells=[new_markdown_cell(prose + links), new_code_cell("1", outputs=outputs)])
+    cells = [
+        new_markdown_cell(f"# A page\n{prose}{links}\n## What <it> does"),
+        new_code_cell("import numpy as np\nparams_file = 1"),
+        new_code_cell("1", outputs=outputs),
+    ]
+    page = new_notebook(cells=cells)
     page.metadata["widgets"] = {"application/vnd.jupyter.widget-state+json": {"state": {"1": {}}, "version_major": 2}}
     (tmp_path / "outputs/reports").mkdir(parents=True)
     nbformat.write(page, tmp_path / "outputs/reports/00_prepare.ipynb")
@@ -49,6 +56,13 @@ def test_links_lead_where_they_should(html):
         "https://example.org/a.ipynb",
         "#top",
     }
+
+
+def test_films_play_pictures_say_what_they_are_about_and_imports_are_folded(html):
+    assert '<img alt="film" src="data:image/gif;base64,R0lGOD"' in html and "IPython.core.display" not in html
+    assert re.search(r'<img alt="What &lt;it&gt; does"[^>]*src="data:image/png;base64,iVBORw', html)
+    (folded,) = re.findall(r"<details><summary>imports and parameters</summary>(.*?)</details>", html, re.DOTALL)
+    assert "params_file" in folded and "film" not in folded
 
 
 def test_widgets_say_what_they_are_and_bars_are_gone(html):

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+from dataclasses import replace
 
 import ipywidgets
 import nbformat
@@ -230,6 +231,26 @@ def test_edits_stay_as_a_draft_while_other_episodes_are_shown(view, scrubber):
 # --- verdicts ---------------------------------------------------------------------------------------------------------
 
 
+def test_unsaved_edits_are_there_when_the_cell_runs_again(view, scrubber, opened, annotations, tmp_path):
+    given = {"order": [3, 0, 7], "corrections": tmp_path / "corrections.yaml"}
+    view("show_episode", episode=0)
+    view("move", head="dense", boundary=0, at=3)
+    again = Scrubber(opened, annotations, NAMES, **given)
+    assert again.episode == 0 and again.segments["dense"][0] == ["reach", 0, 2] and again.states == {"0": "edited"}
+    View(again)("undo")
+    assert again.segments["dense"] == [["reach", 0, 4], ["grasp", 5, 8], ["lift", 9, 13]]
+    assert Scrubber(opened, annotations, NAMES, **given).states == {}
+    # what was edited is another annotation now: the draft is of what is gone
+    view("move", head="dense", boundary=0, at=3)
+    changed = [replace(a, dense=(Segment("reach", 0, a.length - 1),), confidence=None) for a in annotations]
+    after = Scrubber(opened, changed, NAMES, **given)
+    assert after.episode == 3 and after.states == {}
+
+
+def test_a_still_of_what_is_shown(scrubber):
+    assert scrubber.still().width > 600
+
+
 def test_accept_fix_and_reject_are_written(view, scrubber, opened, tmp_path):
     path = tmp_path / "corrections.yaml"
     view("accept", why="fine")
@@ -432,8 +453,8 @@ Scrubber(open_dataset({str(tiny)!r}), [], {{"dense": ["reach", "grasp"]}}, marks
     NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(ROOT)}}).execute()
     (output,) = notebook.cells[0].outputs
     assert output.data["text/plain"] == "Scrubber: 8 episodes to mark, into marks.yaml"
-    assert set(output.data) == {"text/plain", "application/vnd.jupyter.widget-view+json"}
-    assert len(nbformat.writes(notebook)) < 60_000
+    assert set(output.data) == {"text/plain", "application/vnd.jupyter.widget-view+json", "image/png"}  # a still
+    assert len(nbformat.writes(notebook)) < 300_000
 
 
 def teardown_module():

@@ -14,9 +14,10 @@ import numpy as np
 from PIL import Image
 
 from sarm_lib import charts
-from sarm_lib.charts import PREDICTED, STAGE_COLOURS, TARGET
-from sarm_lib.dataset import Dataset, Episode
+from sarm_lib.charts import ACCENT, PREDICTED, STAGE_COLOURS, TARGET
+from sarm_lib.dataset import Dataset, Episode, vector_names
 from sarm_lib.progress import Scores
+from sarm_lib.rabc import RabcWeights
 from sarm_lib.stages import Labels
 from sarm_lib.widgets.player import Player, source
 
@@ -69,6 +70,10 @@ class Explorer(Player):
     def __repr__(self) -> str:
         titles = ", ".join(spec["title"] for spec, _ in self._panels)
         return f"Explorer: {len(self.picker)} episodes with {titles or 'no panel'}"
+
+    def still(self) -> Image.Image:
+        """The shown episode as a picture: eight of its frames over the panels."""
+        return still(self._dataset, self._episodes[self.episode], self._panels_of(self._episodes[self.episode]))
 
     # --- commands: the view sends them, and tests call them -----------------------------------------------------------
 
@@ -142,7 +147,26 @@ def _domain(values: np.ndarray, kind: str) -> tuple[float, float]:
     return (0.0 if kind == "areas" else low - margin), high + margin
 
 
-# --- what a reward model says -----------------------------------------------------------------------------------------
+def still(
+    dataset: Dataset, episode: Episode, panels: list[Panel], labels: list[str] | None = None, title: str | None = None
+) -> Image.Image:
+    """An episode as a picture: as many frames as `labels`, or eight, over its panels."""
+    frames = np.linspace(0, episode.length - 1, len(labels or range(8))).astype(int)
+    return charts.episode(
+        dataset.read_frames(episode, dataset.image_keys[0], frames),
+        labels or [f"{frame / dataset.fps:.2f} s" for frame in frames],
+        [charts.panel(p.title, p.curves, dataset.fps, p.kind, p.domain, p.colours, p.dashed) for p in panels],
+        title or episode.title,
+    )
+
+
+# --- what a reward model says, and what comes of it -----------------------------------------------------------------------
+
+
+def actions(dataset: Dataset, episode: Episode) -> Panel:
+    """What the robot was told to do."""
+    names = vector_names(dataset, "action")
+    return Panel("action", dict(zip(names, dataset.actions[episode.rows].T, strict=True)), domain=None)
 
 
 def of_scores(
@@ -153,23 +177,55 @@ def of_scores(
     order: list[int] | None = None,
     reasons: dict[int, str] | None = None,
 ) -> Explorer:
-    """Scored episodes of one head: progress and target, and the stage probabilities where there are several stages."""
-    scored, names = sorted(i for i, of in scores if of == head), labels.stage_names[head]
+    """Scored episodes of one head: progress and target, the stage probabilities where there are several stages, actions."""
+    scored = sorted(i for i, of in scores if of == head)
     missing = sorted(set(order or ()) - set(scored))
     if missing:
         raise ValueError(f"order: episodes {missing} have no {head} scores")
 
     def panels(episode: Episode) -> list[Panel]:
-        mine = scores[episode.index, head]
-        curves, dashed = {"predicted": mine.progress}, ()
-        if episode.index in labels.annotated:
-            curves, dashed = curves | {"target": labels.progress(episode, head)}, ("target",)
-        found = [Panel("progress φ", curves, colours=[PREDICTED, TARGET][: len(curves)], dashed=dashed)]
-        if len(names) > 1:
-            found.append(Panel("stage probability", dict(zip(names, mine.probabilities.T, strict=True)), "areas"))
-        return found
+        return [*_of_scores(episode, scores[episode.index, head], labels, head), actions(dataset, episode)]
 
     return Explorer(dataset, panels, order=scored if order is None else order, reasons=reasons)
+
+
+def _of_scores(episode: Episode, scores: Scores, labels: Labels, head: str) -> list[Panel]:
+    curves, dashed = {"predicted": scores.progress}, ()
+    if episode.index in labels.annotated:
+        curves, dashed = curves | {"target": labels.progress(episode, head)}, ("target",)
+    found = [Panel("progress φ", curves, colours=[PREDICTED, TARGET][: len(curves)], dashed=dashed)]
+    if len(names := labels.stage_names[head]) > 1:
+        found.append(Panel("stage probability", dict(zip(names, scores.probabilities.T, strict=True)), "areas"))
+    return found
+
+
+def of_weights(
+    dataset: Dataset,
+    weights: RabcWeights,
+    phi: np.ndarray,
+    stages: dict[str, float],
+    order: list[int] | None = None,
+    reasons: dict[int, str] | None = None,
+) -> Explorer:
+    """Weighted episodes: progress φ (N,) in the order of `weights`, the stage that it lies in, the weight, and actions.
+
+    stages: ᾱ of every stage of the head that made φ, by name and in order; without them no stages are shown.
+    """
+    edges = np.cumsum(list(stages.values()))[:-1]
+
+    def panels(episode: Episode) -> list[Panel]:
+        rows = np.flatnonzero(weights.episode_index == episode.index)
+        rows = rows[np.argsort(weights.frame_index[rows], kind="stable")]
+        found = [Panel("progress φ", {"progress": phi[rows]}, colours=[PREDICTED])]
+        if len(stages) > 1:
+            # Eq 2 read backwards: a stage is what φ has reached of the stages' shares
+            reached = np.searchsorted(edges, phi[rows], side="right")
+            shown = {name: (reached == k).astype(np.float32) for k, name in enumerate(stages)}
+            found.append(Panel("stage that φ lies in", shown, "areas"))
+        found.append(Panel("weight w", {"weight": weights.weight[rows]}, colours=[ACCENT]))
+        return [*found, actions(dataset, episode)]
+
+    return Explorer(dataset, panels, order=order, reasons=reasons)
 
 
 def save_film(
@@ -194,13 +250,5 @@ def picture(
 ) -> Image.Image:
     """The same as a still: `count` frames of an episode with the progress that is seen in them, over its curves."""
     frames = np.linspace(0, episode.length - 1, count).astype(int)
-    return charts.episode(
-        dataset.read_frames(episode, dataset.image_keys[0], frames),
-        [f"{frame / dataset.fps:.2f} s: {scores.progress[frame]:.2f}" for frame in frames],
-        scores.progress,
-        labels.progress(episode, head) if episode.index in labels.annotated else None,
-        scores.probabilities,
-        labels.stage_names[head],
-        dataset.fps,
-        f"{episode.title}, {head} head",
-    )
+    said = [f"{frame / dataset.fps:.2f} s: {scores.progress[frame]:.2f}" for frame in frames]
+    return still(dataset, episode, _of_scores(episode, scores, labels, head), said, f"{episode.title}, {head} head")

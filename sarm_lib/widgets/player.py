@@ -4,6 +4,7 @@ player.js draws and sends commands ({do: command, ...}). Frames are decoded when
 messages of their own, so that a saved notebook holds none of them.
 """
 
+import io
 import logging
 import threading
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import ClassVar
 
 import anywidget
 import traitlets
+from PIL import Image
 
+from sarm_lib import live
 from sarm_lib.dataset import Dataset, DatasetError
 from sarm_lib.frames import FrameReader, jpeg
 
@@ -57,6 +60,19 @@ class Player(anywidget.AnyWidget):
             **traits,
         )
         self.on_msg(self._receive)
+
+    def _repr_mimebundle_(self, **kwargs) -> tuple[dict, dict]:
+        """Where nobody can drag a playhead: a still of the first episode."""
+        bundle, metadata = super()._repr_mimebundle_(**kwargs)
+        if not live.watched():
+            picture = io.BytesIO()
+            self.still().save(picture, format="png")
+            bundle["image/png"] = picture.getvalue()
+        return bundle, metadata
+
+    def still(self) -> Image.Image:
+        """The shown episode as a picture."""
+        raise NotImplementedError
 
     # --- commands: the view sends them, and tests call them -----------------------------------------------------------
 

@@ -7,13 +7,14 @@ commands; every edit is made and checked here.
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import traitlets
+from PIL import Image
 
 from sarm_lib import corrections as files
 from sarm_lib.annotations import Annotation, AnnotationError, Segment, validate, violations
-from sarm_lib.charts import STAGE_COLOURS
+from sarm_lib.charts import STAGE_COLOURS, annotated_episode, middles
 from sarm_lib.dataset import Dataset
 from sarm_lib.widgets.player import Player, source
 
@@ -125,6 +126,10 @@ class Scrubber(Player):
     why = traitlets.Unicode().tag(sync=True)
     status = traitlets.Unicode().tag(sync=True)
 
+    # Edits that were not saved, by episode, the latest last: what the file or annotation said, and the edits. A cell that
+    # runs again goes on with them, unless what they began with has changed.
+    DRAFTS: ClassVar[dict[tuple, dict[int, tuple[Heads, list[Heads]]]]] = {}
+
     COMMANDS = Player.COMMANDS | frozenset(
         "activate select move nudge split merge rename undo accept fix reject withdraw".split()
     )
@@ -158,12 +163,23 @@ class Scrubber(Player):
             colours=list(STAGE_COLOURS),
             head=list(vocabulary)[-1],
         )
+        self._key = (self._path, self.mode, dataset.root, str(vocabulary))
         self._read_file()
+        self._take_up_drafts()
         settled = {i for i, (state, _, _) in self._verdicts.items() if state not in files.UNSETTLED}
-        self.show_episode(next((i for i in order if i not in settled), order[0]))
+        drafted = [i for i in reversed(self.DRAFTS[self._key]) if i in self._drafts()]
+        self.show_episode(next((i for i in [*drafted, *order] if i not in settled or i in drafted), order[0]))
 
     def __repr__(self) -> str:
         return f"Scrubber: {len(self.picker)} episodes to {self.mode}, into {self._path.name}"
+
+    def still(self) -> Image.Image:
+        """The shown episode as a picture: ten of its frames over what is said of them."""
+        shown = self._episodes[self.episode]
+        images = self._dataset.read_frames(shown, self._dataset.camera_keys[0], middles(shown.length, 10))
+        rows = {head: [(s.subtask, s.start, s.end) for s in segments] for head, segments in self._shown.items()}
+        given = images, rows, self._vocabulary, shown.length, self._dataset.fps
+        return annotated_episode(*given, f"episode {shown.index}")
 
     # --- commands: the view sends them, and tests call them -----------------------------------------------------------
 
@@ -320,6 +336,17 @@ class Scrubber(Player):
                 note += "\nIts segments cannot be shown; a new fix takes their place."
             self._verdicts[correction.episode] = (outcome.outcome, correction.why, note)
 
+    def _take_up_drafts(self) -> None:
+        for episode, (saved, history) in self.DRAFTS.setdefault(self._key, {}).items():
+            if episode in self._episodes:
+                self._start(episode)
+                if self._saved[episode] == saved and self._history[episode][0] == history[0]:
+                    self._history[episode] = list(history)
+
+    def _drafts(self) -> set[int]:
+        """Episodes with edits that are not saved."""
+        return {i for i, history in self._history.items() if history[-1] != self._saved[i]}
+
     def _can_show(self, segments: Heads, episode: int) -> bool:
         """Whether segments can be drawn and edited: unknown names can, frames outside the episode cannot."""
         both = {"sparse": None, "dense": None} | segments
@@ -384,7 +411,10 @@ class Scrubber(Player):
         with self.hold_sync():
             self.segments = {h: [[s.subtask, s.start, s.end] for s in segments] for h, segments in self._shown.items()}
             self.boundaries = {head: self._rows(head) for head in self._vocabulary}
-            edited = {i for i, history in self._history.items() if history[-1] != self._saved[i]}
+            edited, drafts = self._drafts(), self.DRAFTS[self._key]
+            drafts.pop(self.episode, None)
+            if self.episode in edited:
+                drafts[self.episode] = self._saved[self.episode], list(self._history[self.episode])
             words = {i: [state] for i, (state, _, _) in self._verdicts.items()}
             for i in edited:
                 words.setdefault(i, []).append("edited")
