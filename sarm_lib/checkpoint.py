@@ -44,6 +44,10 @@ class RewardModel:
     def spec(self) -> SarmSpec:
         return self.sarm.spec
 
+    def stages(self, head: str) -> dict[str, float]:
+        """ᾱ of every stage of a head, by name and in order."""
+        return dict(zip(self.spec.stage_names[head], self.spec.proportions[head], strict=True))
+
     def normalise(self, states: np.ndarray) -> np.ndarray:
         """(N, S) states in the units the model was trained with."""
         return ((states - self.state_mean) / (self.state_std + 1e-8)).astype(np.float32)

@@ -171,6 +171,7 @@ def rollouts(
     task: str,
     record: bool = False,
     quiet: bool = False,
+    desc: str = "rollouts",
 ) -> Iterator[Rollout]:
     """Act once from every start in `seeds`, several environments at a time, in order.
 
@@ -180,7 +181,7 @@ def rollouts(
     model, preprocess, postprocess = policy
     model.eval()
     looks, says_success = looks_every(model), False
-    finished = bar(total=len(seeds), desc="rollouts", unit="rollout", quiet=quiet)
+    finished = bar(total=len(seeds), desc=desc, unit="rollout", quiet=quiet)
     for first in range(0, len(seeds), len(environments)):
         wave = list(seeds[first : first + len(environments)])
         torch.manual_seed(wave[0])

@@ -1,13 +1,19 @@
 """What a figure shows, said in a sentence by the numbers it was drawn from."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import pandas as pd
+from IPython.display import Markdown
 
 from sarm_lib.statistics import roc_auc
 
 FEW = 5  # rollouts of one outcome: with fewer, how well it is told from the other is not known
+
+
+def say(*sentences: str) -> Markdown:
+    """Findings as a notebook shows them: set off from what is printed on the way, a line each."""
+    return Markdown("\n".join(f"> {line}  " for sentence in sentences for line in sentence.splitlines() if line))
 
 
 def confused(shares: pd.DataFrame) -> str:
@@ -35,6 +41,16 @@ def extremes(values: Mapping[str, float] | pd.Series, what: str, digits: int = 3
         for word, name in (("highest", values.idxmax()), ("lowest", values.idxmin()))
     ]
     return "; ".join(ends if len(values) > 1 else [f"{what}: {values.index[0]} ({values.iloc[0]:.{digits}f})"])
+
+
+def two_measures(by_target: Mapping[str, float], by_truth: Mapping[str, float], measure: str) -> str:
+    """Where the error by kind is largest, against the target and against the truth: two questions, two answers."""
+    if measure != "mse_truth" or not len(by_truth):
+        return ""
+    target, truth = pd.Series(by_target).idxmax(), pd.Series(by_truth).idxmax()
+    if target == truth:
+        return f"{truth} is the hardest kind against the target too"
+    return f"against the target {target} was the hardest: a target says what the annotations say, and the truth what the scene shows"
 
 
 def suspicion(correlation: float | None) -> str:
@@ -79,3 +95,70 @@ def final_progress(final: np.ndarray, succeeded: np.ndarray, high: float = 0.9) 
         f"{(~succeeded).sum()} failed, and {(final[~succeeded] > high).sum()} of these end above {high})"
     )
     return said + (". So few of one kind say little" if min(succeeded.sum(), (~succeeded).sum()) < FEW else "")
+
+
+def weighting(kappa: float, rule: float | str, mean_weight: float) -> str:
+    """Which κ was chosen, by what, and what it does to the weight of the training frames."""
+    healthy = "healthy" if 0.3 <= mean_weight <= 0.8 else "outside the healthy 0.3 to 0.8"
+    how = f"by the rule `{rule}`" if isinstance(rule, str) else "as `rabc.kappa` says"
+    return f"κ = {kappa:.3g}, {how}: a frame that gains more in Δ frames counts in full; the mean weight is {mean_weight:.2f}, {healthy}"
+
+
+def by_hand(ours: np.ndarray, theirs: np.ndarray, what: str) -> str:
+    """Of values (n,) by the equation, written out, and by the library: how far apart they are."""
+    off = float(np.abs(ours - theirs).max(initial=0))
+    return (
+        f"{len(ours)} {what} by the equation and by the library: at most {off:.0e} apart" if len(ours) else f"no {what}"
+    )
+
+
+def change(first: np.ndarray, last: np.ndarray, threshold: int = 40) -> str:
+    """Of the first and last pictures (n, H, W, 3) of episodes: how much of them a task changes."""
+    moved = (np.abs(first.astype(int) - last.astype(int)).max(axis=-1) > threshold).mean(axis=(1, 2))
+    return f"between the first frame and the last, {moved.min():.0%} to {moved.max():.0%} of the pixels change"
+
+
+def suspects(why: Iterable[tuple[int, str]]) -> str:
+    """The shown annotations, and what is suspicious about each."""
+    listed = [f"episode {episode}: {reason or 'nothing'}" for episode, reason in why]
+    return "suspicious are " + "; ".join(listed) if listed else "no annotation to look at"
+
+
+def gains(table: pd.DataFrame, verb: str) -> str:
+    """Of a table of `diagnosis.extremes`: what the first frames gain or lose."""
+    if table.empty:
+        return f"no frame {verb}"
+    first = table.iloc[0]
+    return (
+        f"episode {first.episode} {verb} most, {abs(first.delta):.2f} from frame {first.frame} to {first.later}; the others here "
+        f"{abs(table.delta).min():.2f} at least"
+    )
+
+
+def losses(validation: Mapping[str, float]) -> str:
+    """Which policy has the lower validation loss; it may well be the one that does worse."""
+    bc, ours = validation["bc"], validation["rabc"]
+    lower = "`bc`" if bc < ours else "`rabc`"
+    said = f"{lower} has the lower loss on validation episodes ({bc:.4f} for `bc`, {ours:.4f} for `rabc`)"
+    return said + (
+        ", as one would expect: they have bad frames too, which `rabc` was told not to imitate" if bc < ours else ""
+    )
+
+
+def experiment(table: pd.DataFrame | None) -> str:
+    """Did RA-BC help? Of a table of `evaluate.experiment`, a row an arm."""
+    if table is None or not {"bc", "rabc"} <= set(table.index):
+        return "Did RA-BC help? The controlled experiment was not run on this dataset, so nothing here can say"
+    bc, ours = table.loc["bc"], table.loc["rabc"]
+    helped = "yes" if ours["low"] > 0 else "no, it harmed" if ours["high"] < 0 else "that is not settled"
+    said = (
+        f"Did RA-BC help? In the experiment, {helped}: it succeeds in {ours['success rate']:.0%} of the rollouts, plain BC in "
+        f"{bc['success rate']:.0%} ({ours['over bc']:+.2f}, 95 % interval {ours['low']:+.2f} to {ours['high']:+.2f}; {ours['seeds']:.0f} training seeds)"
+    )
+    if "shuffled" in table.index:
+        shuffled = table.loc["shuffled"]
+        said += f". The same weights, shuffled among the frames: {shuffled['success rate']:.0%}"
+        said += ", so it matters which frames they fall on" if shuffled["high"] < ours["low"] else ""
+    if "oracle" in table.index:
+        said += f". Weights from the simulator's own labels: {table.loc['oracle', 'success rate']:.0%}"
+    return said

@@ -164,6 +164,7 @@ def predictions(
     episodes: Sequence[Episode],
     stride: int = 1,
     instead: Instructions | None = None,
+    quiet: bool = True,
 ) -> list[Predicted]:
     """What a model says of `episodes`, told their own task, and told what is said `instead`."""
     heads, instead = model.spec.heads, instead or Instructions({}, {})
@@ -173,11 +174,12 @@ def predictions(
         for task, embedded in texts.items():
             mine = [e for e in episodes if store.task_index[e.row] == task]
             for text in embedded if mine else ():
-                for (i, _), scores in score_episodes(model.sarm, store, mine, heads[-1:], stride, text=text).items():
+                given = model.sarm, store, mine, heads[-1:], stride
+                for (i, _), scores in score_episodes(*given, quiet=quiet, text=text).items():
                     found[i].append(scores.progress)
         return found
 
-    scores = score_episodes(model.sarm, store, episodes, heads, stride)
+    scores = score_episodes(model.sarm, store, episodes, heads, stride, quiet=quiet)
     others, rephrased = told(instead.others), told(instead.paraphrases)
     return [
         Predicted({head: scores[e.index, head] for head in heads}, others[e.index], rephrased[e.index])
