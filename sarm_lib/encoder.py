@@ -31,7 +31,7 @@ from sarm_lib.artifacts import (
     write_json,
 )
 from sarm_lib.dataset import Dataset, DatasetError, Episode, fingerprint
-from sarm_lib.kernels import freeze
+from sarm_lib.kernels import FrozenQuickGELU, freeze
 from sarm_lib.live import bar
 from sarm_lib.processes import share
 
@@ -49,6 +49,9 @@ class Encoder:
         self.path, self.name, self.device, self.precision = path, name, torch.device(device), precision
         self.model = freeze(CLIPModel.from_pretrained(path, dtype=torch.float32).to(self.device))
         layers = self.model.vision_model.encoder.layers
+        if self.model.config.vision_config.hidden_act == "quick_gelu":
+            for layer in layers:
+                layer.mlp = FrozenQuickGELU(layer.mlp.fc1, layer.mlp.fc2)
         layers[-1] = PooledLayer(layers[-1])
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self.model.vision_model.to(self.dtype), self.model.visual_projection.to(self.dtype)

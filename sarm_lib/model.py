@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sarm_lib.kernels import linear
+from sarm_lib.kernels import Activation, linear
 from sarm_lib.windows import Windows, WindowSpec
 
 HEADS = ("sparse", "dense")
@@ -150,12 +150,12 @@ def _layer(
     mixed = F.scaled_dot_product_attention(q, k, v, mask, attention.dropout if layer.training else 0.0)
     mixed = _apply(attention.out_proj, asked.pack(mixed.transpose(1, 2).flatten(2)))
     h = layer.norm1(query + layer.dropout1(mixed))
-    wide = layer.dropout(torch.relu(_apply(layer.linear1, h)))
+    wide = layer.dropout(_apply(layer.linear1, h, "relu"))
     return layer.norm2(h + layer.dropout2(_apply(layer.linear2, wide)))
 
 
-def _apply(layer: nn.Linear, x: Tensor) -> Tensor:
-    return linear(x, layer.weight, layer.bias)
+def _apply(layer: nn.Linear, x: Tensor, activation: Activation = "none") -> Tensor:
+    return linear(x, layer.weight, layer.bias, activation)
 
 
 class Prediction(NamedTuple):

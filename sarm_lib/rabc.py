@@ -89,12 +89,16 @@ def deltas(progress: np.ndarray, episode_index: np.ndarray, delta_frames: int) -
 def lerobot_deltas(progress: np.ndarray, index: np.ndarray, episode_index: np.ndarray, delta_frames: int) -> np.ndarray:
     """r (N,) float32 as LeRobot looks it up, by `index` in order: in the frame Δ later or in the last one of the episode, so
     that r goes to 0 towards the end; NaN where the file does not have that frame, or has no number for it."""
-    _, episode = np.unique(episode_index, return_inverse=True)
-    last = np.zeros(episode.max() + 1, dtype=index.dtype)
-    np.maximum.at(last, episode, index)
+    last = np.zeros(episode_index.max() + 1, dtype=index.dtype)
+    np.maximum.at(last, episode_index, index)
     by_index = np.full(int(index[-1] - index[0]) + 1, np.nan, dtype=np.float32)
     by_index[index - index[0]] = progress
-    return by_index[np.minimum(index + delta_frames, last[episode]) - index[0]] - progress
+    found = np.empty(len(index), dtype=np.float32)
+    for start in range(0, len(index), BLOCK):  # bounds the memory
+        rows = slice(start, start + BLOCK)
+        later = np.minimum(index[rows] + delta_frames, last[episode_index[rows]])
+        found[rows] = by_index[later - index[0]] - progress[rows]
+    return found
 
 
 def _starts(episode_index: np.ndarray) -> np.ndarray:
@@ -231,13 +235,15 @@ def from_params(path: Path, params, dataset: Dataset, dataset_fingerprint: str |
 
 def _in_order(path: Path, columns: list[str]) -> list[np.ndarray]:
     """Columns of a Parquet file by ascending `index`, the first of them; nothing is held twice on the way."""
-    with pq.ParquetFile(path) as file:
+    with pq.ParquetFile(path, pre_buffer=False) as file:
         dtypes = [file.schema_arrow.field(name).type.to_pandas_dtype() for name in columns]
-        found, row = [np.empty(file.metadata.num_rows, dtype) for dtype in dtypes], 0
-        for batch in file.iter_batches(BLOCK, columns=columns):
-            for name, values in zip(columns, found, strict=True):
+        found = [np.empty(file.metadata.num_rows, dtype) for dtype in dtypes]
+        for name, values in zip(columns, found, strict=True):  # one after the other: their pages are not held together
+            row = 0
+            for batch in file.iter_batches(BLOCK, columns=[name]):
                 values[row : row + len(batch)] = batch[name].to_numpy(zero_copy_only=False)
-            row += len(batch)
+                row += len(batch)
+            pa.default_memory_pool().release_unused()
     if (found[0][1:] < found[0][:-1]).any():
         order = np.argsort(found[0], kind="stable")
         found = [values[order] for values in found]

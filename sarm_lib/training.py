@@ -328,7 +328,8 @@ def train(
     if settings.batch_size % processes:
         raise ValueError(f"sarm.batch_size: {settings.batch_size} windows cannot be shared by {processes} processes")
     model = SarmLoss(sarm, settings.loss_positions)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    how = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay, "fused": device != "mps"}
+    optimizer = torch.optim.AdamW(model.parameters(), **how)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate(step, settings.steps, settings.warmup_steps)
     )

@@ -242,7 +242,8 @@ def run_notebook(project: Path, name: str, overrides: dict | None = None) -> dic
 def launch(project: Path, processes: int, stage: str, overrides: dict | None = None) -> None:
     """Run a stage of `sarm_lib.launch` in a project: in this process, as a notebook does, or in so many on the CPU.
 
-    `accelerate launch --cpu` starts one process whatever it is asked for (several need MPI), torchrun as many as it says.
+    Several are started by `accelerate launch`: with `--multi_gpu` and ACCELERATE_USE_CPU, since `--cpu` starts a single one
+    whatever it is asked for.
     """
     from sarm_lib.launch import STAGES
     from sarm_lib.params import load
@@ -250,8 +251,9 @@ def launch(project: Path, processes: int, stage: str, overrides: dict | None = N
     if processes == 1:
         STAGES[stage](load(project / "params.yaml", overrides))
         return
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command += ["-m", "sarm_lib.launch", stage, "--overrides", json.dumps(overrides or {})]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", f"--num_processes={processes}"]
+    command += ["--num_machines=1", "--main_process_port=0", "--mixed_precision=no", "--dynamo_backend=no"]
+    command += ["--module", "sarm_lib.launch", stage, "--overrides", json.dumps(overrides or {})]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, cwd=project, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]

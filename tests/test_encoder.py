@@ -173,6 +173,36 @@ def test_fetching_ahead_keeps_the_order_raises_what_was_raised_and_stops():
         assert threading.active_count() == before
 
 
+def test_frames_are_fetched_before_they_are_asked_for():
+    fetched, enough = [], threading.Event()
+
+    def counted():
+        for i in range(10):
+            fetched.append(i)
+            if len(fetched) >= 4:
+                enough.set()
+            yield i
+
+    frames = encoder.ahead(counted(), 3)
+    assert next(frames) == 0
+    assert enough.wait(timeout=60)  # nobody asks for the others
+    assert list(frames) == list(range(1, 10))
+
+
+@pytest.mark.usefixtures("fresh")
+def test_a_thread_of_its_own_decodes(monkeypatch):
+    threads, iterate = set(), datasets.Dataset.iterate_frames
+
+    def noted(self, *arguments):
+        for frame in iterate(self, *arguments):
+            threads.add(threading.current_thread())
+            yield frame
+
+    monkeypatch.setattr(datasets.Dataset, "iterate_frames", noted)
+    encode()
+    assert threads and threading.main_thread() not in threads
+
+
 def test_a_process_takes_its_own_gpu(monkeypatch):
     from types import SimpleNamespace
 

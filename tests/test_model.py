@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from sarm_lib import kernels
 from sarm_lib.artifacts import file_digest
 from sarm_lib.checkpoint import RewardModel, checkpoint_digest, expressible, load_reward_model, save_reward_model
 from sarm_lib.model import Sarm, SarmSpec
@@ -297,3 +298,32 @@ def test_on_the_demo_targets_and_progress_are_lerobot_s(tmp_path):
         )
         phi = progress(prediction.stage.numpy(), prediction.tau.numpy(), np.array(ours.spec.proportions[head]))
         np.testing.assert_allclose(phi[:, window.position], rewards, atol=1e-6)
+
+
+@torch.no_grad()
+def test_weights_that_are_rounded_once_give_what_autocast_gives():
+    sarm = reward_model(spec()).sarm
+    batch = windows(sarm.spec, [13, 9, 11])
+
+    def predicted() -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return torch.cat([p.tau.float() for p in sarm.predict(batch, ["sparse", "dense"]).values()], dim=1)
+
+    whole = predicted()
+    with kernels.rounded_once():
+        once = predicted()
+        assert torch.equal(once, predicted())  # by the weights that were kept
+    torch.testing.assert_close(once, whole, atol=4e-3, rtol=0)  # half a step of bfloat16 below 1
+    sarm.subtask_model.transformer.layers[0].linear1.bias += 1  # nothing is kept beyond the block
+    assert not torch.equal(predicted(), whole)
+
+
+@pytest.mark.parametrize("activation", ["none", "relu", "swish"])
+def test_a_product_with_its_activation_is_pytorch_s(activation):
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(5, 7, 24), torch.randn(16, 24), torch.randn(16)
+    then = {"none": lambda y: y, "relu": torch.relu, "swish": torch.nn.functional.silu}[activation]
+    whole = then(torch.nn.functional.linear(x, weight, bias))
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            torch.testing.assert_close(kernels.linear(x, weight, bias, activation), whole, atol=1e-5, rtol=1e-5)

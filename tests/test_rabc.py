@@ -188,3 +188,12 @@ def test_weights_of_another_dataset_or_of_other_settings_weight_nothing(in_proje
     pq.write_table(table.replace_schema_metadata({b"sarm_lib": b'{"fingerprint": "another"}'}), tmp_path / "w.parquet")
     with pytest.raises(ValueError, match="fingerprint is another"):
         rabc.weights_of_rows(tmp_path / "w.parquet", config, dataset)
+
+
+def test_five_million_frames_take_little_beside_their_progress(tmp_path):
+    from benchmarks.speed import progress_file, rabc_memory
+
+    path, episodes = progress_file(tmp_path, 5_000_000), 10_000
+    column = 4 * 5_000_000 / 1e6
+    for lerobot_compat in (False, True):
+        assert rabc_memory(path, episodes, lerobot_compat) - column < 300  # MB
