@@ -64,7 +64,7 @@ lock:
 	  --generate-hashes --no-emit-index-url --upgrade --quiet -o requirements.lock
 
 # Pulled again when data.dvc has changed, when a pull was interrupted and when the data is gone.
-PULLED := data/.pulled
+PULLED := $(VENV)/.pulled
 ifeq ($(wildcard data/demo/assembly/meta/info.json),)
 .PHONY: $(PULLED)
 endif

@@ -26,8 +26,19 @@ def digest(*parts: Any) -> str:
 
 def code_digest(module: str) -> str:
     """Names the code of a module of `sarm_lib` and of all that it imports from there: an artifact is also made by the
-    program that made it."""
-    return digest(*((name, module_path(name).read_text()) for name in sorted(import_closure({module}))))
+    program that made it. What is said in comments and docstrings makes no other one."""
+    return digest(*((name, _code(module_path(name).read_text())) for name in sorted(import_closure({module}))))
+
+
+def _code(source: str) -> str:
+    """What a module does, without its comments, docstrings and line breaks."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and ast.get_docstring(
+            node
+        ):
+            node.body[0].value.value = ""
+    return ast.dump(tree)
 
 
 def import_closure(modules: set[str]) -> set[str]:

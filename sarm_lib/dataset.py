@@ -565,9 +565,16 @@ def _locate(dataset: str | Path, revision: str | None) -> Path:
             "If DVC tracks it, `dvc pull` fetches it."
         )
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
+    from lerobot.datasets.utils import BackwardCompatibilityError
 
     try:
         return Path(LeRobotDataset(str(dataset), revision=revision).root)
+    except BackwardCompatibilityError as error:
+        name = Path(dataset).name
+        raise DatasetError(
+            f"base.dataset: {dataset} is a LeRobot dataset of an older version, v3.0 is needed: fetch it with hf download {dataset} "
+            f"--repo-type dataset --local-dir {name}, convert it with {_converter(str(dataset), name)}, and set base.dataset: {name}"
+        ) from error
     except Exception as error:  # huggingface_hub raises a dozen kinds
         raise DatasetError(
             f"base.dataset: there is no folder {dataset}, and as a Hub dataset it cannot be loaded "
@@ -580,10 +587,13 @@ def _read_info(root: Path) -> dict:
     version = info.get("codebase_version", "?")
     if not version.startswith("v3"):
         raise DatasetError(
-            f"{root.name} is a LeRobot dataset {version}, v3.0 is needed: convert it with "
-            f"python -m lerobot.scripts.convert_dataset_v21_to_v30 --repo-id=user/{root.name} --root={root} --push-to-hub=false"
+            f"{root.name} is a LeRobot dataset {version}, v3.0 is needed: convert it with {_converter(f'user/{root.name}', root)}"
         )
     return info
+
+
+def _converter(repo_id: str, root: Path | str) -> str:
+    return f"python -m lerobot.scripts.convert_dataset_v21_to_v30 --repo-id={repo_id} --root={root} --push-to-hub=false"
 
 
 def _is_vector(feature: dict) -> bool:

@@ -105,11 +105,12 @@ def weighting(kappa: float, rule: float | str, mean_weight: float) -> str:
 
 
 def by_hand(ours: np.ndarray, theirs: np.ndarray, what: str) -> str:
-    """Of values (n,) by the equation, written out, and by the library: how far apart they are."""
-    off = float(np.abs(ours - theirs).max(initial=0))
-    return (
-        f"{len(ours)} {what} by the equation and by the library: at most {off:.0e} apart" if len(ours) else f"no {what}"
-    )
+    """Of values (n,) by the equation, written out, and by the library: whether they are the same."""
+    if not len(ours):
+        return f"no {what} to compute"
+    off = float(np.abs(ours - theirs).max())
+    same = "the same" if off < 1e-5 else f"up to {off:.2g} apart"
+    return f"{len(ours)} {what} by the equation and by the library: {same}"
 
 
 def change(first: np.ndarray, last: np.ndarray, threshold: int = 40) -> str:
@@ -128,11 +129,9 @@ def gains(table: pd.DataFrame, verb: str) -> str:
     """Of a table of `diagnosis.extremes`: what the first frames gain or lose."""
     if table.empty:
         return f"no frame {verb}"
-    first = table.iloc[0]
-    return (
-        f"episode {first.episode} {verb} most, {abs(first.delta):.2f} from frame {first.frame} to {first.later}; the others here "
-        f"{abs(table.delta).min():.2f} at least"
-    )
+    episode, frame, later = (int(table[column].iloc[0]) for column in ("episode", "frame", "later"))
+    size = table.delta.abs()
+    return f"episode {episode} {verb} most, {size.iloc[0]:.2f} from frame {frame} to {later}; the others here {size.min():.2f} at least"
 
 
 def losses(validation: Mapping[str, float]) -> str:

@@ -338,8 +338,9 @@ def load(params_file: str | Path = "params.yaml", overrides: dict[str, Any] | No
         )
     if params.policy.n_action_steps > params.policy.chunk_size:
         raise ParamsError("policy.n_action_steps: must not exceed policy.chunk_size")
-    if params.base.annotation_mode == "single_stage" and "dense" in (params.rabc.head_mode, params.visualize.head_mode):
-        raise ParamsError("head_mode: annotation_mode single_stage has no dense head; use sparse")
+    for section in ("rabc", "visualize"):
+        if params.base.annotation_mode == "single_stage" and getattr(params, section).head_mode == "dense":
+            raise ParamsError(f"{section}.head_mode: annotation_mode single_stage has no dense head; use sparse")
     _check_annotate(params.annotate, params.base.annotation_mode)
     params._root = path.parent
     changed = {key: value for key, value in (overrides or {}).items() if key != "base.device"}

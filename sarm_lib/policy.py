@@ -666,7 +666,7 @@ def provenance(arm: Arm, params, dataset: Dataset, seed: int) -> dict[str, Any]:
         "splits": [[episode.index, episode.split] for episode in dataset.episodes],
         "weights": None if arm.weights is None else digest(arm.weights.tobytes().hex(), params.rabc.epsilon),
         "seed": seed,
-        "settings": params.policy.model_dump(),
+        "settings": params.policy.model_dump(exclude={"num_workers"}),
         "pretrained": folder_identity(Path(params.policy.pretrained_path or "none")),
         "code": code_digest("policy"),
     }

@@ -260,7 +260,7 @@ def provenance(params, dataset: Dataset, embeddings: Embeddings, labels: Labels)
         "image_keys": list(dataset.image_keys),
         "state_key": dataset.state_key,
         "seed": params.base.seed,
-        "settings": params.sarm.model_dump(),
+        "settings": params.sarm.model_dump(exclude={"log_with", "log_project"}),
         "code": code_digest("training"),
     }
 

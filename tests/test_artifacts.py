@@ -41,8 +41,19 @@ def test_a_change_of_a_module_outdates_what_it_made(artifact, module, tmp_path, 
     before = artifacts.code_digest(artifact)
     (copy / "charts.py").write_text("# another colour")
     assert artifacts.code_digest(artifact) == before
-    artifacts.module_path(module).open("a").write("# another line")
+    with artifacts.module_path(module).open("a") as file:
+        file.write("\n\n# another line\n")
+        file.flush()
+        assert artifacts.code_digest(artifact) == before
+        file.write("ANOTHER = 1\n")
     assert artifacts.code_digest(artifact) != before
+
+
+def test_what_is_said_of_code_is_no_code():
+    code = 'def f(x):\n    """{}"""\n    return x + {}'
+    assert artifacts._code(code.format("says", 1)) == artifacts._code(code.format("says more", 1) + "  # indeed")
+    assert artifacts._code(code.format("says", 1)) != artifacts._code(code.format("says", 2))
+    assert artifacts._code("f('a')") != artifacts._code("f('b')")  # a string that is no docstring counts
 
 
 def test_the_policies_do_not_depend_on_the_reward_model():

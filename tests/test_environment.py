@@ -75,7 +75,7 @@ def test_data_is_pulled_when_it_is_missing_or_changed_and_else_not(tmp_path):
         return len(lines)
 
     assert [pulls(), pulls()] == [1, 0]
-    os.utime(folder / "data/.pulled", (0, 0))  # a new data.dvc, by git
+    os.utime(folder / ".venv/.pulled", (0, 0))  # a new data.dvc, by git
     (folder / "offline").touch()
     assert [pulls(), pulls()] == [1, 1], "an interrupted pull is repeated"
     (folder / "offline").unlink()

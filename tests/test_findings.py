@@ -60,3 +60,54 @@ def test_final_progress_counts_the_failures_that_look_like_successes():
     assert "ROC area 1.000 (1 succeeded, 3 failed, and 1 of these end above 0.9)" in said and "say little" in said
     assert "say little" not in findings.final_progress(np.tile(final, 5), np.tile(succeeded, 5))
     assert "ended alike" in findings.final_progress(final, succeeded & False)
+
+
+def test_findings_are_set_off_a_line_each():
+    assert findings.say("a", "", "b\nc").data == "> a  \n> b  \n> c  "
+
+
+def test_values_by_hand_and_by_the_library():
+    ours = np.array([0.1, 0.2])
+    assert findings.by_hand(ours, ours + 1e-7, "weights") == "2 weights by the equation and by the library: the same"
+    assert findings.by_hand(ours, ours + 0.5, "weights").endswith("up to 0.5 apart")
+    assert findings.by_hand(ours[:0], ours[:0], "weights") == "no weights to compute"
+
+
+def test_the_experiment_says_whether_it_helped():
+    rows = {
+        "bc": [0.24, np.nan, np.nan, np.nan],
+        "rabc": [0.52, 0.28, 0.19, 0.37],
+        "oracle": [0.67, 0.43, 0.3, 0.5],
+        "shuffled": [0.19, -0.05, -0.1, 0.0],
+    }
+    table = pd.DataFrame(rows, index=["success rate", "over bc", "low", "high"]).T.assign(seeds=5)
+    said = findings.experiment(table)
+    assert "yes: it succeeds in 52% of the rollouts, plain BC in 24% (+0.28, 95 % interval +0.19 to +0.37" in said
+    assert "shuffled among the frames: 19%, so it matters which frames" in said and "labels: 67%" in said
+    assert "that is not settled" in findings.experiment(table.assign(low=-0.1))
+    assert "it harmed" in findings.experiment(table.assign(low=-0.2, high=-0.1))
+    assert "was not run" in findings.experiment(None) and "was not run" in findings.experiment(table.loc[["bc"]])
+
+
+def test_what_kappa_does_and_where_frames_gain_and_lose():
+    said = findings.weighting(0.083, "mean", 0.6)
+    assert "by the rule `mean`" in said and said.endswith("0.60, healthy")
+    assert "outside the healthy" in findings.weighting(0.5, 0.5, 0.1)
+    table = pd.DataFrame({"episode": [3, 1], "frame": [4, 0], "later": [12, 8], "delta": [-0.5, -0.2]})
+    said = "episode 3 loses most, 0.50 from frame 4 to 12; the others here 0.20 at least"
+    assert findings.gains(table, "loses") == said
+    assert findings.gains(table.iloc[:0], "loses") == "no frame loses"
+    first, last = np.zeros((2, 4, 4, 3), np.uint8), np.zeros((2, 4, 4, 3), np.uint8)
+    last[0, :2] = 200
+    assert findings.change(first, last) == "between the first frame and the last, 0% to 50% of the pixels change"
+    assert findings.suspects([(4, "short")]) == "suspicious are episode 4: short"
+
+
+def test_a_lower_validation_loss_and_two_measures_of_error():
+    said = findings.losses({"bc": 1.0, "rabc": 1.2})
+    assert said.startswith("`bc` has the lower loss") and "not to imitate" in said
+    assert findings.losses({"bc": 1.0, "rabc": 0.9}).endswith("(1.0000 for `bc`, 0.9000 for `rabc`)")
+    two = findings.two_measures
+    assert "against the target a was the hardest" in two({"a": 2, "b": 1}, {"a": 1, "b": 2}, "mse_truth")
+    assert two({"a": 2, "b": 1}, {"a": 3, "b": 2}, "mse_truth").startswith("a is the hardest")
+    assert two({"a": 2}, {"a": 1}, "mse_target_dense") == ""

@@ -64,6 +64,21 @@ def test_a_hub_dataset_is_downloaded_at_its_revision_and_opened(tiny, tmp_path, 
     assert asked == [("someone/cubes", "v1.2")] and opened.camera_keys == list(CAMERAS)
 
 
+def test_an_old_dataset_of_the_hub_is_answered_with_how_to_convert_it(monkeypatch):
+    from lerobot.datasets import lerobot_dataset as lerobot
+    from lerobot.datasets.utils import BackwardCompatibilityError
+    from packaging.version import Version
+
+    def refuses(repo_id, revision=None):
+        raise BackwardCompatibilityError(repo_id, Version("2.1"))
+
+    monkeypatch.setattr(lerobot, "LeRobotDataset", refuses)
+    with pytest.raises(
+        dataset.DatasetError, match=r"hf download someone/cubes .* --root=cubes --push-to-hub=false, and set"
+    ):
+        dataset.open_dataset("someone/cubes")
+
+
 def test_a_model_of_a_small_dataset_weights_a_large_one(tmp_path, project, tiny_encoder):
     """The README's way: chapters 00, 05 and 06 on a dataset that nobody annotated."""
     large = make_dataset(tmp_path / "large", seed=1, lengths=LENGTHS * 2)

@@ -44,7 +44,7 @@ def test_a_bad_value_is_refused_with_its_path(key, value, expected):
 
 
 def test_a_head_that_the_mode_does_not_have_is_refused():
-    with pytest.raises(params.ParamsError, match="single_stage has no dense head"):
+    with pytest.raises(params.ParamsError, match=r"rabc\.head_mode: annotation_mode single_stage has no dense head"):
         params.load(overrides={"base.annotation_mode": "single_stage", "rabc.head_mode": "dense"})
 
 
