@@ -77,14 +77,23 @@ def test_runs_with_other_values_write_to_scratch_and_read_what_is_there(tmp_path
         usual.read("embeddings", "00_prepare")
 
 
+GUIDE = """--batch_size --dataset-repo-id --dataset.repo_id --dense-only --dense-subtasks --device --episodes --head-mode --model
+--multi_gpu --num-visualizations --num-workers --num_processes --output-dir --output_dir --policy.annotation_mode
+--policy.frame_gap --policy.image_key --policy.n_obs_steps --policy.repo_id --policy.state_key --policy.type --push-to-hub
+--rabc_head_mode --rabc_kappa --rabc_progress_path --repo-id --reward-model-path --skip-existing --sparse-subtasks --steps
+--stride --use_rabc --video-key --visualize-only --visualize-type --wandb.enable --wandb.project"""
+
+
 def test_the_table_of_the_guide_s_options_names_existing_keys_and_their_defaults():
     import re
 
     import yaml
 
     values = yaml.safe_load((ROOT / "params.yaml").read_text())
-    rows = re.findall(r"^\| (`--.+?) \| `(\w+)\.(\w+)` \| (.+?) \|$", (ROOT / "docs/options.md").read_text(), re.M)
-    assert len(rows) >= 20
+    page = (ROOT / "docs/options.md").read_text()
+    rows = re.findall(r"^\| (`--.+?) \| `(\w+)\.(\w+)` \| (.+?) \| .*?\|$", page, re.M)
+    assert set(GUIDE.split()) <= set(re.findall(r"--[\w.-]+", page))
+    assert len(rows) >= 30
     for _, section, key, default in rows:
         assert key in values[section], f"{section}.{key}"
         if default.startswith("`"):
