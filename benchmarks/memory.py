@@ -100,6 +100,7 @@ def measure(folder: Path, stride: int) -> dict[str, float]:
     weights = rabc.compute(folder / "progress.parquet", head, config.delta_frames, config.rabc.kappa, 1e-6, train)
     rabc.write_weights(folder / "weights.parquet", weights, {})
     return {
+        "checkpoint": model.checkpoint,
         "frames": demos.num_frames,
         "stride": stride,
         "opening_seconds": opened - start,

@@ -43,7 +43,8 @@ def main() -> None:
     metrics = [metric for metric in scorecard.METRICS if metric in figures["float32"]]
     table = pd.DataFrame({name: {m: of[m] for m in metrics} for name, of in figures.items()})
     difference = table.drop(columns="float32").sub(table["float32"], axis=0)
-    artifacts.write_json(RESULTS, {"figures": table.to_dict(), "difference_to_float32": difference.round(6).to_dict()})
+    found = {"figures": table.to_dict(), "difference_to_float32": difference.round(6).to_dict()}
+    artifacts.write_json(RESULTS, {"checkpoint": model.checkpoint, **found})
     print(table.round(4).to_string(), "\n\ndifference to float32\n", difference.round(5).to_string())
 
 
