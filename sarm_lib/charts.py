@@ -158,8 +158,9 @@ def panel(
     domain: tuple[float, float] | None = (0, 1),
     colours: list[str] | None = None,
     dashed: tuple[str, ...] = (),
+    height: int = HEIGHT,
 ) -> alt.Chart:
-    """Curves (T,) of an episode over time, or areas stacked on one another, the first at the bottom."""
+    """Curves (T,) of an episode over time, or areas stacked on one another (a third as high), the first at the bottom."""
     names = list(curves)
     shown = thinned(len(curves[names[0]]), min(MOST_POINTS, MOST_ROWS // len(names)))
     colours = colours or [STAGE_COLOURS[i % len(STAGE_COLOURS)] for i in range(len(names))]
@@ -175,7 +176,7 @@ def panel(
         return chart.mark_area().encode(x=x, y=y, color=color, order="order:Q").properties(height=HEIGHT // 3)
     y = alt.Y("value:Q", title=title, scale=alt.Scale(domain=domain) if domain else alt.Scale(zero=False))
     looks = _by_curve(names, colours, {name: [5, 4] for name in dashed})
-    return chart.mark_line().encode(x=x, y=y, **looks).properties(height=HEIGHT)
+    return chart.mark_line().encode(x=x, y=y, **looks).properties(height=height)
 
 
 def progress(predicted: np.ndarray, target: np.ndarray | None, fps: float, title: str) -> alt.Chart:
@@ -411,12 +412,12 @@ def mean_weights(table: pd.DataFrame, kappa: float, title: str) -> alt.LayerChar
         .mark_line()
         .encode(
             x=alt.X("kappa:Q", title="κ"),
-            y=alt.Y("mean weight:Q", scale=alt.Scale(domain=[0, 1])),
+            y=alt.Y("mean weight:Q", title="mean weight", scale=alt.Scale(domain=[0, 1])),
             **_by_curve(names, list(STAGE_COLOURS[: len(names)]), dict(zip(names, DASHES, strict=False))),
         )
     )
     healthy = pd.DataFrame({"low": [0.3], "high": [0.8]})
-    band = alt.Chart(healthy).mark_rect(color="#EEEEEE").encode(y=alt.Y("low:Q"), y2="high:Q")
+    band = alt.Chart(healthy).mark_rect(color="#EEEEEE").encode(y=alt.Y("low:Q", title="mean weight"), y2="high:Q")
     rule = alt.Chart(pd.DataFrame({"kappa": [kappa]})).mark_rule(strokeDash=[4, 3]).encode(x="kappa:Q")
     return (band + lines + rule).properties(width=WIDTH, height=HEIGHT)
 

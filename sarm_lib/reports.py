@@ -23,7 +23,7 @@ TEMPLATE = """\
 {%- block html_head_js_mathjax -%}{%- endblock -%}
 {%- block html_head_js_mermaidjs -%}{%- endblock -%}
 {%- block input_group -%}
-{%- if cell.metadata.folded -%}<details><summary>imports and parameters</summary>{{ super() }}</details>
+{%- if cell.metadata.folded -%}<details style="margin: 4px 0 4px 72px; font: 13px sans-serif; color: #777"><summary>imports and parameters</summary>{{ super() }}</details>
 {%- else -%}{{ super() }}{%- endif -%}
 {%- endblock input_group -%}
 {%- block data_png scoped -%}
@@ -36,13 +36,22 @@ def write_html(notebook: Path, written_in: Path) -> Path:
     """Write an executed notebook as `.html` beside it; its links are relative to `written_in`. Returns where it is."""
     page = nbformat.read(notebook, as_version=4)
     page.metadata.pop("widgets", None)  # without their state, the text of widgets is shown
-    heading = notebook.stem
+    heading, cells = notebook.stem, []
     for cell in page.cells:
-        heading = next(iter(re.findall(r"^#+ (.*)", cell.source, re.MULTILINE)[-1:]), heading)
-        cell.metadata["folded"] = cell.cell_type == "code" and _only_sets_up(cell.source)
-        for output in cell.get("outputs", []):  # what a picture shows, for who does not see it
+        if cell.cell_type == "markdown":
+            heading = next(iter(re.findall(r"^#+ (.*)", cell.source, re.MULTILINE)[-1:]), heading)
+        outputs = [output for output in map(_without_bars, cell.get("outputs", [])) if output]
+        folded = cell.cell_type == "code" and _only_sets_up(cell.source) and not outputs
+        if folded and cells and cells[-1].metadata.get("folded"):  # one fold for all of them
+            cells[-1].source += f"\n\n{cell.source}"
+            continue
+        cell.metadata["folded"] = folded
+        for output in outputs:  # what a picture shows, for who does not see it
             output.setdefault("metadata", {})["alt"] = heading
-        cell["outputs"] = [_with_films(output) for output in map(_without_bars, cell.get("outputs", [])) if output]
+        if cell.cell_type == "code":
+            cell.outputs = [_with_films(output) for output in outputs]
+        cells.append(cell)
+    page.cells = cells
     exporter = _Exporter(embed_images=True, raw_template=TEMPLATE)
     exporter.way_back = os.path.relpath(written_in, notebook.parent)
     text, _ = exporter.from_notebook_node(page, {"metadata": {"name": notebook.stem, "path": str(notebook.parent)}})

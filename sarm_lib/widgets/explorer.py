@@ -152,10 +152,11 @@ def still(
 ) -> Image.Image:
     """An episode as a picture: as many frames as `labels`, or eight, over its panels."""
     frames = np.linspace(0, episode.length - 1, len(labels or range(8))).astype(int)
+    height = charts.HEIGHT // (1 if len(panels) <= 2 else 2)
     return charts.episode(
         dataset.read_frames(episode, dataset.image_keys[0], frames),
         labels or [f"{frame / dataset.fps:.2f} s" for frame in frames],
-        [charts.panel(p.title, p.curves, dataset.fps, p.kind, p.domain, p.colours, p.dashed) for p in panels],
+        [charts.panel(p.title, p.curves, dataset.fps, p.kind, p.domain, p.colours, p.dashed, height) for p in panels],
         title or episode.title,
     )
 
