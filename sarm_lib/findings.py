@@ -1,6 +1,6 @@
 """What a figure shows, said in a sentence by the numbers it was drawn from."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -120,9 +120,21 @@ def change(first: np.ndarray, last: np.ndarray, threshold: int = 40) -> str:
 
 
 def suspects(why: Iterable[tuple[int, str]]) -> str:
-    """The shown annotations, and what is suspicious about each."""
-    listed = [f"episode {episode}: {reason or 'nothing'}" for episode, reason in why]
-    return "suspicious are " + "; ".join(listed) if listed else "no annotation to look at"
+    """The shown annotations, a line each, and what is suspicious about them."""
+    return (
+        "\n".join(f"episode {episode}: {reason or 'nothing suspicious'}" for episode, reason in why)
+        or "no annotation to look at"
+    )
+
+
+def outcomes(shown: Mapping[str, Sequence[bool]], every: Mapping[str, Sequence[bool]]) -> str:
+    """Of the rollouts of each policy that are shown, and of all: how many succeed."""
+    lines = [
+        f"{arm}: {sum(shown[arm])} of the {len(shown[arm])} shown succeed, {sum(ended)} of all {len(ended)}"
+        for arm, ended in every.items()
+        if ended
+    ]
+    return "\n".join(lines) or "no rollouts"
 
 
 def gains(table: pd.DataFrame, verb: str) -> str:

@@ -100,7 +100,9 @@ def test_what_kappa_does_and_where_frames_gain_and_lose():
     first, last = np.zeros((2, 4, 4, 3), np.uint8), np.zeros((2, 4, 4, 3), np.uint8)
     last[0, :2] = 200
     assert findings.change(first, last) == "between the first frame and the last, 0% to 50% of the pixels change"
-    assert findings.suspects([(4, "short")]) == "suspicious are episode 4: short"
+    assert findings.suspects([(4, "short"), (2, "")]) == "episode 4: short\nepisode 2: nothing suspicious"
+    said = findings.outcomes({"bc": [True], "rabc": []}, {"bc": [True, False], "rabc": []})
+    assert said == "bc: 1 of the 1 shown succeed, 1 of all 2"
 
 
 def test_a_lower_validation_loss_and_two_measures_of_error():

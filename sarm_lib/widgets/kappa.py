@@ -82,7 +82,7 @@ class KappaExplorer(ipywidgets.VBox):
         """Let κ's slider span what r does with this Δ, in two hundred steps, whatever the size of r."""
         delta, mean, std = self._deltas(self.delta_frames.value)
         most = max(kappa, mean + 3 * std, float(np.quantile(np.abs(delta), 0.995)))
-        digits = max(1, 2 - int(np.floor(np.log10(most / 200))))
+        digits = max(1, 1 - int(np.floor(np.log10(most / 200))))
         with self.kappa.hold_trait_notifications():
             self.kappa.readout_format = f".{digits}f"
             self.kappa.step, self.kappa.max, self.kappa.value = most / 200, most, kappa
