@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ def code_digest(module: str) -> str:
     return digest(*((name, _code(module_path(name).read_text())) for name in sorted(import_closure({module}))))
 
 
+@cache
 def _code(source: str) -> str:
     """What a module does, without its comments, docstrings and line breaks."""
     tree = ast.parse(source)
