@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from dataclasses import asdict, replace
 
 import pytest
@@ -213,3 +214,13 @@ def test_lerobot_opens_the_annotated_dataset_and_every_row_is_the_right_episode_
             assert row["sparse_subtask_end_times"] == [(i + 1) / 10, (dataset.episodes[i].length - 1) / 10]
     labels = read_labels(tmp_path / "target", open_dataset(tmp_path / "target"), ("sparse",))
     assert labels.annotated == {0, 1, 2, 4, 5, 6, 7} and labels.stage_names == {"sparse": ["reach", "grasp"]}
+
+
+def test_a_subtask_that_the_proportions_do_not_know_is_named_with_its_episode(tmp_path, project):
+    copy = shutil.copytree(project / "outputs/dataset", tmp_path / "dataset")
+    path = copy / "meta/temporal_proportions_dense.json"
+    path.write_text(path.read_text().replace("cross the middle", "stay in the middle"))
+    with pytest.raises(
+        ValueError, match=r"episode \d+: dense subtask 'cross the middle' is not one of leave the edge, stay in"
+    ):
+        read_labels(copy, open_dataset(project / "data/tiny"), ("sparse", "dense"))

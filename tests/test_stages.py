@@ -90,7 +90,7 @@ def test_progress_is_lerobot_s_and_rises_with_stage_and_tau(shares, positions):
     tau = np.array([t for _, t in positions], dtype=np.float32)
     ours = progress(stage, tau, shares)
     theirs = normalize_stage_tau(torch.from_numpy(stage + tau), temporal_proportions=shares.tolist()).numpy()
-    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    np.testing.assert_allclose(ours, theirs, atol=1e-6)
     order = np.lexsort((tau, stage))
     assert (np.diff(ours[order]) >= -1e-6).all() and 0 <= ours.min() and ours.max() <= 1
 

@@ -25,16 +25,22 @@ def parts(in_project):
     return config, dataset, embeddings, labels, model, sampler
 
 
-def test_images_states_and_targets_of_a_position_are_of_the_same_frame(parts):
+@pytest.mark.parametrize(
+    ("kind", "gap", "seed"), [("centred", 1, 0), ("centred", 3, 1), ("past", 1, 2), ("past", 2, 3)]
+)
+def test_images_states_and_targets_of_a_position_are_of_the_same_frame(parts, kind, gap, seed):
     _, dataset, embeddings, labels, model, sampler = parts
+    window = replace(model.spec.window, kind=kind, frame_gap=gap)
+    sampler.spec = replace(model.spec, window=window)
     sampler.augmentation = Augmentation(1.0, 0.0, 1.0)
-    batch = sampler.draw(np.random.default_rng(0), 64)
-    assert (batch.windows.lengths > model.spec.window.length).any(), "no rewind was drawn"
+    batch = sampler.draw(np.random.default_rng(seed), 64)
+    assert (batch.windows.lengths > window.length).any(), "no rewind was drawn"
     for b, t in zip(*np.nonzero(batch.windows.valid.numpy()), strict=True):
         row = batch.rows[b, t]
         np.testing.assert_array_equal(batch.windows.images[b, 0, t], embeddings.cameras[dataset.image_keys[0]][row])
         np.testing.assert_array_equal(batch.windows.state[b, t, :3], model.normalise(dataset.states)[row])
-        assert batch.tau["sparse"][b, t] == labels.tau["sparse"][row]
+        for head in labels.tau:
+            assert batch.tau[head][b, t] == labels.tau[head][row] and batch.stage[head][b, t] == labels.stage[head][row]
         assert dataset.frames.episode_index[row] == dataset.frames.episode_index[batch.rows[b, 0]]
 
 
@@ -136,10 +142,40 @@ def test_only_training_episodes_are_drawn(parts):
 def test_the_loss_sees_valid_positions_only(parts):
     *_, model, sampler = parts
     batch = sampler.draw(np.random.default_rng(0), 32)
-    loss = SarmLoss(model.sarm.eval())
-    wrong = torch.where(batch.windows.valid, batch.tau["sparse"], 123.0)
-    assert not torch.equal(wrong, batch.tau["sparse"])
-    assert torch.equal(loss(batch)["loss"], loss(batch._replace(tau={**batch.tau, "sparse": wrong}))["loss"])
+    loss, valid = SarmLoss(model.sarm.eval()), batch.windows.valid
+    assert not valid.all()
+    found = loss(batch)
+    for head in batch.tau:
+        padded = {"tau": torch.where(valid, batch.tau[head], 123.0), "stage": torch.where(valid, batch.stage[head], 1)}
+        for what, values in padded.items():
+            wrong = batch._replace(**{what: {**getattr(batch, what), head: values}})
+            assert not torch.equal(values, getattr(batch, what)[head])
+            if what == "tau":
+                assert torch.equal(found["loss"], loss(wrong)["loss"])
+            else:  # a stage before a position is seen there: the loss of the stages themselves
+                assert torch.equal(found[f"{head}_stage_loss"], loss(wrong)[f"{head}_stage_loss"])
+
+
+@torch.no_grad()
+def test_a_forced_sample_is_given_its_true_stage_and_another_one_the_predicted(parts, monkeypatch):
+    *_, model, sampler = parts
+    batch, loss, logits = (
+        sampler.draw(np.random.default_rng(0), 32),
+        SarmLoss(model.sarm.eval()),
+        model.sarm.stage_logits,
+    )
+    true = {
+        head: torch.nn.functional.one_hot(k, model.spec.num_stages(head)).float() for head, k in batch.stage.items()
+    }
+    losses = {}
+    for predicted, sign in (("right", 1), ("wrong", -1)):
+        monkeypatch.setattr(model.sarm, "stage_logits", lambda *_, sign=sign: {h: sign * k for h, k in true.items()})
+        for given in (True, False):
+            losses[predicted, given] = loss(batch._replace(given=torch.full_like(batch.given, given)))["dense_tau_loss"]
+    monkeypatch.setattr(model.sarm, "stage_logits", logits)
+    assert torch.equal(losses["right", True], losses["wrong", True])
+    assert torch.equal(losses["right", True], losses["right", False])
+    assert not torch.equal(losses["wrong", False], losses["right", False])
 
 
 class Stopped(Exception):
@@ -148,6 +184,7 @@ class Stopped(Exception):
 
 def test_a_stopped_run_resumes_to_the_same_weights(parts, tmp_path):
     config, dataset, embeddings, labels, _, sampler = parts
+    config = config.model_copy(update={"sarm": config.sarm.model_copy(update={"dropout": 0.1})})  # draws at every step
     validate = training.validator(dataset, labels, sampler.store)
     validations = 0
 
@@ -188,6 +225,24 @@ def test_training_that_diverges_stops_with_a_remedy(parts, tmp_path):
 def test_a_tracker_that_is_not_installed_is_named(parts):
     with pytest.raises(ValueError, match=r"sarm\.log_with: trackio is not installed"):
         training.make_accelerator(parts[0].sarm.model_copy(update={"log_with": "trackio"}), "cpu")
+
+
+def test_weights_and_biases_is_told_the_losses(parts, tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    logged, log = [], wandb.sdk.wandb_run.Run.log
+    monkeypatch.setattr(
+        wandb.sdk.wandb_run.Run, "log", lambda run, *a, **k: (logged.append((run.project, a[0])), log(run, *a, **k))
+    )
+    config, dataset, embeddings, labels, _, sampler = parts
+    settings = config.sarm.model_copy(update={"log_with": "wandb", "log_project": "cubes"})
+    sarm = training.new_reward_model(config, dataset, embeddings, labels).sarm
+    training.train(
+        sarm, sampler, training.validator(dataset, labels, sampler.store), settings, 0, "cpu", tmp_path / "w"
+    )
+    assert {project for project, _ in logged} == {"cubes"} and any("val_rmse" in values for _, values in logged)
+    assert wandb.run is None and list(tmp_path.glob("wandb/offline-run-*"))  # ended, and on disk
 
 
 def test_the_estimate_is_of_this_model_and_leaves_it_alone(parts):
