@@ -185,7 +185,7 @@ def run(arm: str, seed: int, kind: str, overrides: str, device: str, work: str) 
 
 
 def made_from(arm: str, config) -> dict:
-    """What all runs of an arm have in common beside the settings: the weights, if it reads any, and the code."""
+    """What all runs of an arm have in common: the weights, if it reads any, the parameters of `params.yaml` and the code."""
     from sarm_lib import artifacts
 
     source = None
@@ -195,6 +195,7 @@ def made_from(arm: str, config) -> dict:
         source = artifacts.folder_digest(config.paths.read(SINGLE_STAGE, "make scorecard"))
     return {
         "weights": source,
+        "parameters": artifacts.digest(config.policy.model_dump(), config.rabc.model_dump()),
         "code": artifacts.digest(artifacts.code_digest("policy"), artifacts.code_digest("evaluate")),
     }
 
@@ -289,7 +290,7 @@ def stored(results: Path, common: dict, origins: dict[str, dict]) -> tuple[dict[
         f"{key} in {arm}"
         for arm in origins.keys() & found["arms"].keys()
         for key in origins[arm]
-        if found["arms"][arm]["made_from"][key] != origins[arm][key]
+        if found["arms"][arm]["made_from"].get(key) != origins[arm][key]
     ]
     if other:
         raise SystemExit(f"{results.name} has runs with other {', '.join(sorted(other))}; move it away to begin anew")

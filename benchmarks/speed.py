@@ -13,7 +13,7 @@ rabc_build_*   seconds from a progress file to weights of one and of five millio
 rabc_batch     seconds for the weights of a batch of 32
 encode_vs_bare frames a second of decoding, encoding and storing, against the encoder's bare forward pass on ready pixels
 
-Ours is measured before and after LeRobot's, and the slower counts. On a machine with a GPU the first three kinds are
+Ours is measured before and after LeRobot's, and the median counts. On a machine with a GPU the first three kinds are
 measured there too, as `*_gpu`. Results are merged into benchmarks/speed.json.
 """
 

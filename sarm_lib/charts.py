@@ -23,20 +23,10 @@ PREDICTED, TARGET, ACCENT = "#0072B2", "#7F7F7F", "#D55E00"
 LIGHT = {"#E69F00", "#56B4E9", "#F0E442", "#CC79A7"}  # black letters on these
 WIDTH, HEIGHT = 640, 220
 MOST_POINTS = 1200  # of a curve: twice its width in pixels
-MOST_ROWS, MOST_EPISODES = (
-    5000,
-    60,
-)  # of a chart: Altair takes no more rows; so many episodes or rollouts, each with its curves
-DASHES = (
-    [1, 0],
-    [7, 3],
-    [2, 2],
-    [9, 2, 2, 2],
-    [4, 4],
-    [12, 3],
-    [1, 3],
-    [6, 2, 1, 2],
-)  # of curves, for print without colours
+MOST_ROWS = 5000  # of a chart: Altair takes no more
+MOST_EPISODES = 60  # of a chart that carries the curves of each; or rollouts
+# Of curves, for print without colours.
+DASHES = ([1, 0], [7, 3], [2, 2], [9, 2, 2, 2], [4, 4], [12, 3], [1, 3], [6, 2, 1, 2])
 VEGA_LITE_OF_LAB = "application/vnd.vegalite.v5+json"
 Segments = list[tuple[str, int, int]]
 

@@ -63,7 +63,11 @@ def write_html(notebook: Path, written_in: Path) -> Path:
 def _only_sets_up(source: str) -> bool:
     """Whether a cell imports, or says which parameters, and nothing else: a reader of the page need not see it first."""
     names = {"params_file", "overrides"}
-    for line in ast.parse(source).body:
+    try:
+        lines = ast.parse(source).body
+    except SyntaxError:  # somebody's magic
+        return False
+    for line in lines:
         sets = isinstance(line, ast.Assign) and {getattr(target, "id", "") for target in line.targets} <= names
         if not sets and not isinstance(line, (ast.Import, ast.ImportFrom)):
             return False

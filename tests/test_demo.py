@@ -270,6 +270,7 @@ def test_the_experiment_compares_what_is_comparable_and_says_how_much_it_helped(
     import json
 
     from benchmarks import experiment
+    from sarm_lib import params
 
     runs = {
         arm: {
@@ -299,6 +300,11 @@ def test_the_experiment_compares_what_is_comparable_and_says_how_much_it_helped(
         assert from_what == origins | to_run and experiment.report(again, common, from_what) == found
     with pytest.raises(SystemExit, match="runs with other weights in rabc; move it away"):
         experiment.stored(file, common, {"rabc": {"weights": "b", "code": "1"}})
+    with pytest.raises(SystemExit, match="runs with other parameters in bc; move it away"):
+        experiment.stored(file, common, {"bc": {"weights": None, "parameters": "c", "code": "1"}})
+    config, other = (params.load(ROOT / "params.yaml", {"rabc.delta_frames": frames}) for frames in (8, 9))
+    differing = [k for k, v in experiment.made_from("bc", config).items() if experiment.made_from("bc", other)[k] != v]
+    assert differing == ["parameters"]
     with pytest.raises(SystemExit, match="runs with other settings; move it away"):
         experiment.stored(file, {"settings": {"policy.steps": 8}}, further)
     later = experiment.report({**runs, "top_k": runs["rabc"]}, common, origins | further)

@@ -30,6 +30,7 @@ def html(tmp_path) -> str:
         new_code_cell("import numpy as np"),
         new_code_cell("params_file = 1"),
         new_code_cell("1", outputs=outputs),
+        new_code_cell("%matplotlib inline\nimport numpy"),
     ]
     page = new_notebook(cells=cells)
     page.metadata["widgets"] = {"application/vnd.jupyter.widget-state+json": {"state": {"1": {}}, "version_major": 2}}

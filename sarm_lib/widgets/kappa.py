@@ -21,9 +21,8 @@ class KappaExplorer(ipywidgets.VBox):
     goes on where the sliders were left, unless κ or Δ in `params.yaml` have changed.
     """
 
-    PLACES: ClassVar[
-        dict[tuple[float, int], tuple[float, int]]
-    ] = {}  # of the given κ and Δ: where the sliders were left
+    # Where the sliders were left, by the κ and Δ that were given.
+    PLACES: ClassVar[dict[tuple[float, int], tuple[float, int]]] = {}
 
     def __init__(
         self,

@@ -62,7 +62,7 @@ class Player(anywidget.AnyWidget):
         self.on_msg(self._receive)
 
     def _repr_mimebundle_(self, **kwargs) -> tuple[dict, dict]:
-        """Where nobody can drag a playhead: a still of the first episode."""
+        """Where nobody can drag a playhead: a still of the shown episode."""
         bundle, metadata = super()._repr_mimebundle_(**kwargs)
         if not live.watched():
             picture = io.BytesIO()
