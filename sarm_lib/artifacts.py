@@ -34,9 +34,11 @@ def code_digest(module: str) -> str:
 @cache
 def _code(source: str) -> str:
     """What a module does, without its comments, docstrings and line breaks."""
-    tree, documented = ast.parse(source), (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    tree = ast.parse(source)
     for node in ast.walk(tree):
-        if isinstance(node, documented) and ast.get_docstring(node):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and ast.get_docstring(
+            node
+        ):
             node.body[0].value.value = ""
     return ast.dump(tree)
 
