@@ -1,8 +1,8 @@
 """Training SARM from the embeddings: batches by vectorised gathers, exact resumption, the best checkpoint by validation.
 
-Every random draw of a step comes from the stream (seed, step), so a run that is stopped and resumed draws what an
-uninterrupted one does. Several processes (`sarm_lib.launch`) draw the same batch of `sarm.batch_size` windows and each learns
-its share of it.
+Every random draw of a step comes from the stream (seed, step), in which each sample has a row of its own: a run that is
+stopped and resumed draws what an uninterrupted one does, and a larger batch begins with the samples of a smaller one. Several
+processes (`sarm_lib.launch`) draw the same batch of `sarm.batch_size` windows and each learns its share of it.
 """
 
 import copy
@@ -27,6 +27,7 @@ from sarm_lib.dataset import Dataset, Episode
 from sarm_lib.encoder import Embeddings, Encoder
 from sarm_lib.live import bar
 from sarm_lib.model import Sarm, SarmSpec
+from sarm_lib.processes import share
 from sarm_lib.progress import frame_store, score
 from sarm_lib.schedule import Estimate, learning_rate
 from sarm_lib.stages import Labels, progress
@@ -47,12 +48,13 @@ class Batch(NamedTuple):
     known: dict[str, Tensor]  # a head: (B, T) bool: τ says something; unknown in segments that were given up
     given: Tensor  # (B,) bool: the progress transformer is given the true stage (teacher forcing)
     rows: np.ndarray  # (B, T) dataset rows of the images, for whoever wants to look
-    positions: float  # valid positions of the whole batch, a process: what its loss is divided by
+    positions: float  # valid positions of the whole batch, a process: what its stage loss is divided by
+    timed: dict[str, float]  # a head: those of them whose τ is known: what its τ loss is divided by
 
     def to(self, device: torch.device) -> "Batch":
         move = lambda tensors: {k: v.to(device, non_blocking=True) for k, v in tensors.items()}  # noqa: E731
         moved = self.windows.to(device), move(self.stage), move(self.tau), move(self.known), self.given.to(device)
-        return Batch(*moved, self.rows, self.positions)
+        return Batch(*moved, self.rows, self.positions, self.timed)
 
 
 @dataclass
@@ -84,47 +86,53 @@ class Sampler:
         """One batch of `size` windows with rewind, language perturbation and teacher forcing drawn a sample; of several
         processes, each gets its share of it."""
         window, options = self.spec.window, self.augmentation
-        rows = rng.choice(self.rows, size)
+        # a row a sample, so that what happens to one does not depend on how many there are
+        place, rewinds, steps_back, perturbs, words, teaches = rng.random((size, 6)).T
+        rows = self.rows[_pick(place, len(self.rows))]
         start, length = self.store.start[rows], self.store.length[rows]
         observed = window.observed(rows - start, length)
-        rewinds = self._coins(rng, size) < options.rewind_probability
-        luck = rng.random(size)
+        rewound = self._shared(rewinds) < options.rewind_probability
         if options.rewind_images == "of_lerobot":
-            steps = np.where(rewinds, np.ceil(luck * window.lerobot_rewind_room(rows - start)), 0).astype(np.int64)
-            seen, frames, valid = window.with_lerobot_rewind(rows - start, observed, steps)
+            steps = np.where(rewound, np.ceil(steps_back * window.lerobot_rewind_room(rows - start)), 0)
+            seen, frames, valid = window.with_lerobot_rewind(rows - start, observed, steps.astype(np.int64))
         else:
-            steps = np.where(rewinds, np.ceil(luck * window.rewind_room(observed)), 0).astype(np.int64)
-            frames, valid = window.with_rewind(observed, steps)
+            steps = np.where(rewound, np.ceil(steps_back * window.rewind_room(observed)), 0)
+            frames, valid = window.with_rewind(observed, steps.astype(np.int64))
             seen = frames
 
-        perturbed = self._coins(rng, size) < options.language_perturbation_probability
-        other = self.perturbations[torch.from_numpy(self._whole(rng.integers(0, len(self.perturbations), size)))]
-        text = torch.where(torch.from_numpy(perturbed)[:, None], other, self.store.task_texts(self._whole(rows)))
-        given = torch.from_numpy(self._coins(rng, size) < options.gt_stage_ratio)
+        perturbed = self._shared(perturbs) < options.language_perturbation_probability
+        other = self.perturbations[torch.from_numpy(_pick(self._shared(words), len(self.perturbations)))]
+        text = torch.where(torch.from_numpy(perturbed)[:, None], other, self.store.task_texts(self._shared(rows)))
+        given = torch.from_numpy(self._shared(teaches) < options.gt_stage_ratio)
         # With another text than the task's there is no progress, and none is asked for beyond the valid positions.
-        right = ~perturbed[:, None] & (np.arange(window.padded_length) < valid[:, None])
-        positions = int(valid.sum()) if self.loss_positions == "valid" else right.size
+        inside = np.arange(window.padded_length) < valid[:, None]
+        right = ~perturbed[:, None] & inside
+        counted = inside if self.loss_positions == "valid" else np.ones_like(inside)
 
+        frames, seen = frames + start[:, None], seen + start[:, None]
+        known = {head: ~(undone[frames] & right) for head, undone in self.given_up.items()}
         mine = slice(process, None, processes)
-        frames, seen, right = (x[mine] for x in (frames + start[:, None], seen + start[:, None], right))
+        here, asked = frames[mine], right[mine]
         return Batch(
-            self.store.gather(seen, valid[mine], text[mine]),
-            {head: torch.from_numpy(stage[frames] * right) for head, stage in self.stage.items()},
-            {head: torch.from_numpy((tau[frames] * right).astype(np.float32)) for head, tau in self.tau.items()},
-            {head: torch.from_numpy(~(undone[frames] & right)) for head, undone in self.given_up.items()},
+            self.store.gather(seen[mine], valid[mine], text[mine]),
+            {head: torch.from_numpy(stage[here] * asked) for head, stage in self.stage.items()},
+            {head: torch.from_numpy((tau[here] * asked).astype(np.float32)) for head, tau in self.tau.items()},
+            {head: torch.from_numpy(of[mine]) for head, of in known.items()},
             given[mine],
-            seen,
-            positions / processes,
+            seen[mine],
+            int(counted.sum()) / processes,
+            {head: max(int((of & counted).sum()), 1) / processes for head, of in known.items()},
         )
 
-    def _coins(self, rng: np.random.Generator, size: int) -> np.ndarray:
-        """A number in [0, 1) for each sample; LeRobot throws one coin for a whole batch."""
-        coins = rng.random(size)
-        return coins if self.augmentation.per == "sample" else np.full(size, coins[0])
-
-    def _whole(self, values: np.ndarray) -> np.ndarray:
-        """LeRobot tells a whole batch the text of its first sample."""
+    def _shared(self, values: np.ndarray) -> np.ndarray:
+        """A value for each sample. LeRobot throws one coin for a whole batch, and tells all of it the text of its first
+        sample."""
         return values if self.augmentation.per == "sample" else np.full_like(values, values[0])
+
+
+def _pick(luck: np.ndarray, count: int) -> np.ndarray:
+    """One of `count` things by a number in [0, 1)."""
+    return (luck * count).astype(np.int64)
 
 
 class SarmLoss(nn.Module):
@@ -135,7 +143,8 @@ class SarmLoss(nn.Module):
         self.sarm, self.positions = sarm, positions
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """`loss` and its parts, one number each: sums over this process's positions, divided by `batch.positions`."""
+        """`loss` and its parts, one number each: means over the positions of the whole batch, of which this process sums
+        its own."""
         counted, parts = batch.windows.valid, {}
         if self.positions == "all":
             counted = torch.ones_like(counted)
@@ -149,7 +158,7 @@ class SarmLoss(nn.Module):
             tau_loss = F.mse_loss(tau[head][timed], batch.tau[head][timed], reduction="sum")
             parts |= {
                 f"{head}_stage_loss": stage_loss / batch.positions,
-                f"{head}_tau_loss": tau_loss / batch.positions,
+                f"{head}_tau_loss": tau_loss / batch.timed[head],
             }
         return {"loss": torch.stack(list(parts.values())).sum(), **parts}
 
@@ -266,9 +275,10 @@ def provenance(params, dataset: Dataset, embeddings: Embeddings, labels: Labels)
 
 
 def estimate(sarm: Sarm, sampler: Sampler, settings, device: str) -> Estimate:
-    """Memory and time of training, before it starts. settings: `params.sarm`."""
+    """Memory and time of training, before it starts, of each process. settings: `params.sarm`."""
     trial, spec = SarmLoss(copy.deepcopy(sarm).to(device), settings.loss_positions).train(), sarm.spec
-    batch = sampler.draw(np.random.default_rng(0), settings.batch_size).to(torch.device(device))
+    processes = share(device).num_processes
+    batch = sampler.draw(np.random.default_rng(0), settings.batch_size, 0, processes).to(torch.device(device))
     seconds = []
     for _ in range(3):
         start = time.perf_counter()
@@ -278,7 +288,7 @@ def estimate(sarm: Sarm, sampler: Sampler, settings, device: str) -> Estimate:
         seconds.append(time.perf_counter() - start)
     parameters = sum(p.numel() for p in sarm.parameters())
     streams = 2 * (spec.num_cameras + 2) + len(spec.heads)  # of both transformers
-    tokens = settings.batch_size * spec.window.padded_length * streams
+    tokens = len(batch.rows) * spec.window.padded_length * streams
     activations = (
         tokens * spec.num_layers * 4 * (17 * spec.hidden_dim + 2.5 * spec.num_heads * spec.window.padded_length * 4)
     )
@@ -302,9 +312,12 @@ def train_into(
     if is_current(folder, made_from):
         log.info("trained before with these data and settings")
         return
+    everyone = share(device)
+    if everyone.num_processes > 1 and everyone.is_main_process:  # where there is one, its notebook has said it
+        log.info("each process: %s", estimate(model.sarm, sampler, params.sarm, device))
     work = params.paths.write(f"work/sarm-{digest(made_from)}")
     trained = train(model.sarm, sampler, validate, params.sarm, params.base.seed, device, work)
-    if Accelerator().is_main_process:
+    if everyone.is_main_process:
         save_reward_model(model, folder, made_from, trained.log, trained.last)
         remove(work)
 

@@ -239,8 +239,9 @@ def run_notebook(project: Path, name: str, overrides: dict | None = None) -> dic
     return variables
 
 
-def launch(project: Path, processes: int, stage: str, overrides: dict | None = None) -> None:
-    """Run a stage of `sarm_lib.launch` in a project: in this process, as a notebook does, or in so many on the CPU.
+def launch(project: Path, processes: int, stage: str, overrides: dict | None = None) -> str:
+    """Run a stage of `sarm_lib.launch` in a project: in this process, as a notebook does, or in so many on the CPU. Returns
+    what these said.
 
     Several are started by `accelerate launch`: with `--multi_gpu` and ACCELERATE_USE_CPU, since `--cpu` starts a single one
     whatever it is asked for.
@@ -250,7 +251,7 @@ def launch(project: Path, processes: int, stage: str, overrides: dict | None = N
 
     if processes == 1:
         STAGES[stage](load(project / "params.yaml", overrides))
-        return
+        return ""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", f"--num_processes={processes}"]
     command += ["--num_machines=1", "--main_process_port=0", "--mixed_precision=no", "--dynamo_backend=no"]
     command += ["--module", "sarm_lib.launch", stage, "--overrides", json.dumps(overrides or {})]
@@ -259,6 +260,7 @@ def launch(project: Path, processes: int, stage: str, overrides: dict | None = N
     assert done.returncode == 0, done.stderr[-3000:]
     for i in range(processes):
         assert f"process {i + 1} of {processes}" in done.stderr
+    return done.stderr
 
 
 def chapters() -> list[str]:

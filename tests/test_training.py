@@ -55,6 +55,30 @@ def test_each_sample_draws_its_own_augmentation_and_carries_its_own_task(parts):
     assert (batch.tau["sparse"].numpy()[told] > 0).any()
 
 
+def test_what_a_sample_draws_does_not_depend_on_how_many_there_are(parts):
+    *_, sampler = parts
+    few, many = (sampler.draw(np.random.default_rng([3, 7]), size) for size in (8, 16))
+    np.testing.assert_array_equal(few.rows, many.rows[:8])
+    assert torch.equal(few.windows.text, many.windows.text[:8]) and torch.equal(few.given, many.given[:8])
+    assert all(torch.equal(few.tau[head], many.tau[head][:8]) for head in few.tau)
+
+
+def test_the_losses_are_means_over_what_is_learned(parts):
+    """Of τ over the positions where it is known: segments that were given up do not make the others count less."""
+    _, dataset, _, labels, model, sampler = parts
+    undone = np.zeros(dataset.num_frames, dtype=bool)
+    undone[::2] = True
+    sampler.given_up = training.unknown_tau(replace(labels, given_up=dict.fromkeys(labels.tau, undone)), False)
+    batch, loss = sampler.draw(np.random.default_rng(0), 32), SarmLoss(model.sarm.eval())
+    found, valid = loss(batch), batch.windows.valid
+    logits = model.sarm.stage_logits(batch.windows, list(batch.stage))
+    prior = {h: torch.where(batch.given[:, None], k, logits[h].argmax(-1)) for h, k in batch.stage.items()}
+    for head, tau in model.sarm.tau(batch.windows, prior).items():
+        squared = ((tau - batch.tau[head]) ** 2)[valid & batch.known[head]]
+        assert 0 < len(squared) < 0.8 * valid.sum()
+        assert found[f"{head}_tau_loss"].item() == pytest.approx(squared.mean().item(), rel=1e-5)
+
+
 def test_the_progress_of_a_try_that_was_given_up_is_not_learned_but_its_stage_is(parts):
     _, dataset, _, labels, model, sampler = parts
     sampler.augmentation = Augmentation(0.0, 0.0, 1.0)
@@ -260,7 +284,8 @@ def test_two_processes_learn_what_one_learns(project, tmp_path):
     found = []
     for processes in (1, 2):
         copy = shutil.copytree(project, tmp_path / str(processes), symlinks=True)
-        launch(copy, processes, "train", {"sarm.dropout": 0.0, "sarm.steps": 8})
+        said = launch(copy, processes, "train", {"sarm.dropout": 0.0, "sarm.steps": 8})
+        assert ("each process: " in said and " minutes for 8 steps" in said) == (processes == 2)
         (folder,) = (copy / "outputs/scratch").glob("*/sarm")
         found.append((load_file(folder / "last/model.safetensors"), read_json_lines(folder / "log.jsonl")))
     (one, one_log), (two, two_log) = found
