@@ -12,7 +12,7 @@
 
 Every row is trained like stage 03 does it, with the seed, the steps and the size of `params.yaml`, validated on the same val
 episodes by its own targets and measured against the same references. Needs the outputs of stages 00 and 02. A row that
-was made from the same inputs before is kept, so that a stopped run goes on.
+was made from the same inputs before is kept, so that a stopped run goes on. The file says what it was made from.
 """
 
 import logging
@@ -93,7 +93,9 @@ def main() -> None:
     instead = scorecard.instructions(base.visualize, demos.tasks, clip)
     test = scorecard.test_episodes(demos, labels)
     references = scorecard.references(demos, labels, test, base.base.truth_prefix)
-    cards, validation, path = {}, {}, base.paths.root / "benchmarks/scorecard.json"
+    cards, values, validation, path = {}, {}, {}, base.paths.root / "benchmarks/scorecard.json"
+    of_sarm = training.provenance(base, demos, embeddings, labels)
+    of_sarm = {key: of_sarm[key] for key in ("fingerprint", "labels", "settings", "image_keys", "seed", "code")}
     for name, (overrides, relabel) in rows(list(embeddings.cameras)).items():
         config = params.load("params.yaml", overrides)
         shown = dataset.from_params(config)
@@ -106,11 +108,14 @@ def main() -> None:
         training.train_into(folder, model, sampler, validate, config, made_from, device)
         model = checkpoint.load_reward_model(folder, device)
         store = progress.frame_store(shown, embeddings, model)
-        cards[name] = scorecard.card(references, scorecard.predictions(model, store, test, 1, instead))
+        predicted = scorecard.predictions(model, store, test, 1, instead)
+        cards[name] = scorecard.card(references, predicted)
+        values[name] = scorecard.values(references, predicted, scorecard.main_metric(cards[name]))
         log = artifacts.read_json_lines(folder / checkpoint.LOG)
         validation[name] = round(min(line["val_rmse"] for line in log if "val_rmse" in line), 6)
         print(scorecard.table({name: cards[name]}, ["mse_truth", "stage_accuracy_dense", "retry_order"]).to_string())
-        artifacts.write_json(path, {"fingerprint": embeddings.fingerprint, "rows": cards, "val_rmse": validation})
+        made = {"made_from": of_sarm, "rows": cards, "values": values, "val_rmse": validation}
+        artifacts.write_json(path, made)
     print(f"{path.relative_to(base.paths.root)}: notebook 04 shows these rows beside its own")
 
 

@@ -6,7 +6,7 @@ and the configuration of `SARMRewardModel`; any other carries the type `sarm_lib
 """
 
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +39,7 @@ class RewardModel:
     encoder_identity: str | None  # LeRobot's checkpoints name neither this
     fingerprint: str | None  # nor the dataset they were trained on
     checkpoint: str | None = None  # digest of the files that it was loaded from
+    made_from: dict = field(default_factory=dict)  # as they say it; LeRobot's do not
 
     @property
     def spec(self) -> SarmSpec:
@@ -97,7 +98,8 @@ def load_reward_model(path: str | Path, device: str = "cpu") -> RewardModel:
     model = _described(folder) if (folder / OURS).exists() else _from_lerobot(folder)
     model.sarm.load_state_dict(load_file(folder / WEIGHTS), strict=True)
     model.sarm.to(device).eval()
-    return replace(model, checkpoint=checkpoint_digest(folder))
+    made_from = read_json(folder / PROVENANCE) if (folder / PROVENANCE).exists() else {}
+    return replace(model, checkpoint=checkpoint_digest(folder), made_from=made_from)
 
 
 def _locate(path: str | Path) -> Path:
@@ -154,7 +156,7 @@ def _from_lerobot(folder: Path) -> RewardModel:
 
 
 def reward_model_of(params, device: str) -> tuple[RewardModel, str]:
-    """The reward model that stage 05 scores with, and its path as the progress file names it."""
+    """The reward model that stages 04 and 05 score with, and its path as the progress file names it."""
     if named := params.rabc.reward_model_path:
         folder = params.paths.resolve(named)
         return load_reward_model(folder if folder.exists() else named, device), named

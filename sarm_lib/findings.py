@@ -53,6 +53,28 @@ def two_measures(by_target: Mapping[str, float], by_truth: Mapping[str, float], 
     return f"against the target {target} was the hardest: a target says what the annotations say, and the truth what the scene shows"
 
 
+def better_rows(differences: pd.DataFrame, measure: str, row: str = "sarm") -> str:
+    """Of a table of `scorecard.differences` in an error: which rows have less of it, and which certainly."""
+    less = differences.drop(row).query("difference < 0")
+    if less.empty:
+        return f"no row does better than `{row}` by `{measure}`"
+    names = lambda rows: ", ".join(f"`{name}`" for name in rows.index)  # noqa: E731
+    certain = less.query("high < 0")
+    beyond = f"beyond chance, over the same episodes: {names(certain)}" if len(certain) else "none of them beyond chance"
+    return f"rows that do better than `{row}` by `{measure}`: {names(less)}; {beyond}"
+
+
+def comparable(rows: Mapping, row: Mapping) -> str:
+    """Of what rows of ablations and the row `sarm` were made from: whether they differ in more than each row's part."""
+    if not rows:
+        return "the rows that change a part of SARM are not there for this dataset: `make scorecard`"
+    if not row:
+        return "`sarm` is a model that does not say what it was trained on: what differs from the rows below is not known"
+    words = {"labels": "annotations", "settings": "sarm settings", "image_keys": "cameras", "seed": "seed", "code": "code"}
+    other = [word for key, word in words.items() if key in rows and rows[key] != row.get(key)]
+    return f"`sarm` was trained with other {', '.join(other)} than the rows below: `make scorecard`" if other else ""
+
+
 def suspicion(correlation: float | None) -> str:
     """Of the rank correlation of suspicion with the share of frames that are wrong: may one rely on it?"""
     if correlation is None:

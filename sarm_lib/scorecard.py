@@ -158,6 +158,17 @@ def instructions(settings, tasks: Sequence[str], clip: Encoder) -> Instructions:
     )
 
 
+def require_stages(model: RewardModel, labels: Labels, name: str) -> None:
+    """Raises ValueError where the stages of a model, such as somebody else's, are not those of the annotations."""
+    for head in model.spec.heads:
+        said, annotated = model.spec.stage_names[head], labels.stage_names.get(head)
+        if said != annotated:
+            raise ValueError(
+                f"{name} knows the {head} stages {said}, the annotations {annotated or 'none'}: they cannot be compared. Annotate "
+                "with its stages and in its base.annotation_mode, or go on with 05, which needs no annotations"
+            )
+
+
 def predictions(
     model: RewardModel,
     store: FrameStore,
@@ -212,22 +223,31 @@ def card(references: Sequence[Reference], predicted: Sequence[Predicted]) -> Car
     return found
 
 
-def table(cards: dict[str, Card], metrics: Sequence[str], kinds: Sequence[str] = ("all",)) -> pd.DataFrame:
-    """Rows and kinds of a scorecard with some of its metrics, each with its interval as text."""
+def _text(values: Mapping[str, float], metric: str, interval: bool = True) -> str:
+    if metric not in values:
+        return "–"
+    digits = 4 if metric.startswith("mse") else 3
+    low, high = values[metric + "_low"], values[metric + "_high"]
+    return f"{values[metric]:.{digits}f}" + (f" [{low:.{digits}f}, {high:.{digits}f}]" if interval else "")
 
-    def text(values: dict, metric: str) -> str:
-        if metric not in values:
-            return "–"
-        digits = 4 if metric.startswith("mse") else 3
-        return (
-            f"{values[metric]:.{digits}f} [{values[metric + '_low']:.{digits}f}, {values[metric + '_high']:.{digits}f}]"
-        )
 
+def table(cards: dict[str, Card], metrics: Sequence[str], gaps: pd.DataFrame | None = None) -> pd.DataFrame:
+    """The rows of a scorecard over all episodes, with some of the metrics, each with its interval as text; gaps: their
+    `differences`."""
     metrics = [m for m in metrics if any(m in of["all"] for of in cards.values())]
-    rows = [
-        (row, kind, *(text(of[kind], m) for m in metrics)) for row, of in cards.items() for kind in kinds if kind in of
-    ]
-    return pd.DataFrame(rows, columns=["row", "kind", *metrics])
+    found = pd.DataFrame({m: {row: _text(of["all"], m) for row, of in cards.items()} for m in metrics}, list(cards))
+    if gaps is not None:
+        texts = {row: f"{gap.difference:+.4f} [{gap.low:+.4f}, {gap.high:+.4f}]" for row, gap in gaps.iterrows()}
+        found.insert(1, "difference", [texts.get(row, "–") for row in cards])
+    return found.rename_axis("row")
+
+
+def sheet(of_row: Card) -> pd.DataFrame:
+    """One row of a scorecard as text, a metric a line: over all episodes with its interval, and of every kind."""
+    known = [metric for metric in METRICS if metric in of_row["all"]]
+    return pd.DataFrame(
+        {kind: [_text(values, metric, kind == "all") for metric in known] for kind, values in of_row.items()}, index=known
+    )
 
 
 def test_episodes(dataset: Dataset, labels: Labels) -> list[Episode]:
@@ -238,10 +258,44 @@ def test_episodes(dataset: Dataset, labels: Labels) -> list[Episode]:
     return found
 
 
-def ablations(path: Path, fingerprint: str) -> dict[str, Card]:
+def main_metric(of_row: Card) -> str:
+    """How far off progress is: from the truth, or from the finest head's target where a dataset has no truth."""
+    return next(m for m in ("mse_truth", "mse_target_dense", "mse_target_sparse") if m in of_row["all"])
+
+
+def values(references: Sequence[Reference], predicted: Sequence[Predicted], metric: str) -> list[float]:
+    """A metric of each of M episodes that is averaged over them."""
+    return [round(_of_episode(*pair)[metric], DIGITS + 1) for pair in zip(references, predicted, strict=True)]
+
+
+def differences(values: Mapping[str, Sequence[float]], to: str = "sarm") -> pd.DataFrame:
+    """By how much the mean of each row's values, (M,) one an episode, is above that of the row `to`, with its bootstrap
+    interval over episodes: paired, so that what makes an episode hard for all rows does not blur it. Rows of other
+    episodes have none."""
+    found, episodes = {}, len(values[to])
+    for row, mine in values.items():
+        if len(mine) != episodes:  # measured when other episodes were annotated
+            continue
+        gap = np.asarray(mine) - np.asarray(values[to])
+        low, high = np.percentile(_mean(gap)(_drawn(len(gap))), [2.5, 97.5])
+        found[row] = {"difference": gap.mean(), "low": low, "high": high}
+    return pd.DataFrame(found).T
+
+
+@dataclass(frozen=True)
+class Ablations:
+    """What `make scorecard` left."""
+
+    cards: dict[str, Card] = field(default_factory=dict)
+    values: dict[str, list[float]] = field(default_factory=dict)  # a row: the main metric of each test episode
+    made_from: dict = field(default_factory=dict)
+
+
+def ablations(path: Path, fingerprint: str) -> Ablations:
     """The rows that `make scorecard` left, if they were made on this dataset."""
     made = read_json(path) if path.exists() else {}
-    return made["rows"] if made.get("fingerprint") == fingerprint else {}
+    same = made.get("made_from", {}).get("fingerprint") == fingerprint
+    return Ablations(made["rows"], made["values"], made["made_from"]) if same else Ablations()
 
 
 def left_out(cards: dict[str, Card]) -> list[str]:
@@ -334,16 +388,21 @@ def _figures(members: Sequence[tuple[Reference, Predicted]]) -> dict[str, float]
     final = np.array([p.finest.progress[-1] for _, p in members], dtype=np.float64)
     statistics["success_auc"] = _auc(final, np.array([r.success for r, _ in members]))
     statistics["stage_calibration_error"] = _calibration(np.stack([_calibration_bins(*pair) for pair in members]))
-    counts = np.random.default_rng(SEED).multinomial(len(members), np.full(len(members), 1 / len(members)), BOOTSTRAP)
-    found = {}
+    counts, found = _drawn(len(members)), {}
     for name, statistic in statistics.items():
-        figure, drawn = float(statistic(np.ones((1, len(members))))[0]), statistic(counts.astype(np.float64))
+        figure, drawn = float(statistic(np.ones((1, len(members))))[0]), statistic(counts)
         if np.isnan(figure):
             continue
         low, high = np.nanpercentile(drawn, [2.5, 97.5])
         for key, value in ((name, figure), (f"{name}_low", low), (f"{name}_high", high)):
             found[key] = round(float(value), DIGITS)
     return found
+
+
+def _drawn(episodes: int) -> np.ndarray:
+    """How often each of so many episodes is drawn in every bootstrap sample, (BOOTSTRAP, episodes)."""
+    rng = np.random.default_rng(SEED)
+    return rng.multinomial(episodes, np.full(episodes, 1 / episodes), BOOTSTRAP).astype(np.float64)
 
 
 def _mean(values: np.ndarray) -> Statistic:

@@ -113,3 +113,22 @@ def test_a_lower_validation_loss_and_two_measures_of_error():
     assert "against the target a was the hardest" in two({"a": 2, "b": 1}, {"a": 1, "b": 2}, "mse_truth")
     assert two({"a": 2, "b": 1}, {"a": 3, "b": 2}, "mse_truth").startswith("a is the hardest")
     assert two({"a": 2}, {"a": 1}, "mse_target_dense") == ""
+
+
+def test_rows_that_do_better_are_told_from_luck():
+    table = pd.DataFrame(
+        {"difference": [0, -0.1, -0.2, 0.3], "low": [0, -0.2, -0.3, 0.1], "high": [0, 0.1, -0.1, 0.5]},
+        index=["sarm", "lucky", "better", "worse"],
+    )
+    said = findings.better_rows(table, "mse")
+    assert said == "rows that do better than `sarm` by `mse`: `lucky`, `better`; beyond chance, over the same episodes: `better`"
+    assert "none of them beyond chance" in findings.better_rows(table.drop("better"), "mse")
+    assert findings.better_rows(table.loc[["sarm", "worse"]], "mse") == "no row does better than `sarm` by `mse`"
+
+
+def test_ablations_of_other_settings_are_no_comparison():
+    made = {"labels": "a", "settings": {"steps": 600}, "code": "x"}
+    assert findings.comparable(made, made | {"splits": []}) == ""
+    said = findings.comparable(made, {"labels": "b", "settings": {"steps": 700}, "code": "x"})
+    assert "other annotations, sarm settings than the rows below" in said
+    assert "make scorecard" in findings.comparable({}, made) and "not known" in findings.comparable(made, {})

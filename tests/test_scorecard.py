@@ -1,6 +1,7 @@
 """The scorecard measures what its formulas say, and knows what it cannot measure."""
 
 import typing
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -125,9 +126,11 @@ def test_groups_are_measured_apart_and_what_no_row_has_is_named():
     assert [card[k]["episodes"] for k in ("all", "clean", "sloppy")] == [2, 1, 1]
     assert card["clean"]["voc"] == 1 and card["sloppy"]["voc"] == -1 and card["all"]["voc"] == 0
     assert "retry_order" in scorecard.left_out({"sarm": card}) and "voc" not in scorecard.left_out({"sarm": card})
-    table = scorecard.table({"sarm": card}, ["voc", "retry_order"], ["all", "sloppy"])
-    assert table.voc.tolist() == ["0.000 [-1.000, 1.000]", "-1.000 [-1.000, -1.000]"]
-    assert list(table.columns) == ["row", "kind", "voc"]  # what no row has is no column
+    table = scorecard.table({"sarm": card}, ["voc", "retry_order"])
+    assert table.voc.tolist() == ["0.000 [-1.000, 1.000]"] and list(table.columns) == ["voc"]  # what no row has is no column
+    sheet = scorecard.sheet(card)
+    assert sheet.loc["voc"].tolist() == ["0.000 [-1.000, 1.000]", "1.000", "-1.000"]
+    assert sheet.loc["false_progress", "clean"] == "–" if "false_progress" in sheet.index else True
 
 
 def test_confusion_is_shares_of_the_reference_s_frames():
@@ -208,10 +211,44 @@ def test_the_row_of_the_targets_follows_the_annotations(parts):
     assert row["stage_accuracy_dense"] == 1
 
 
-def test_ablations_of_another_dataset_are_left_out(parts, tmp_path):
-    write_json(tmp_path / "s.json", {"fingerprint": "this", "rows": {"no_rewind": {"all": {"voc": 0.5}}}})
-    assert scorecard.ablations(tmp_path / "s.json", "this") == {"no_rewind": {"all": {"voc": 0.5}}}
-    assert scorecard.ablations(tmp_path / "s.json", "that") == {} == scorecard.ablations(tmp_path / "none.json", "this")
+def test_ablations_of_another_dataset_are_left_out(tmp_path):
+    rows = {"rows": {"no_rewind": {"all": {"voc": 0.5}}}, "values": {"no_rewind": [0.1]}, "made_from": {"fingerprint": "this"}}
+    write_json(tmp_path / "s.json", rows)
+    assert scorecard.ablations(tmp_path / "s.json", "this").cards == rows["rows"]
+    for path, fingerprint in (("s.json", "that"), ("none.json", "this")):
+        assert scorecard.ablations(tmp_path / path, fingerprint) == scorecard.Ablations()
+
+
+def test_rows_are_compared_on_the_same_episodes():
+    """Two rows that lie far apart in every episode differ for sure, however much the episodes themselves differ."""
+    hard = np.linspace(0, 1, 40)
+    rows = {"sarm": hard, "worse": hard + 0.01, "luck": hard[::-1], "of other episodes": hard[:30]}
+    found = scorecard.differences(rows)
+    assert list(found.index) == ["sarm", "worse", "luck"] and (found.loc["sarm"] == 0).all()
+    assert found.loc["worse"].to_numpy() == pytest.approx([0.01] * 3)
+    assert found.loc["luck", "low"] < 0 < found.loc["luck", "high"]
+    card = {"all": {"voc": 1.0, "voc_low": 1.0, "voc_high": 1.0}}
+    table = scorecard.table(dict.fromkeys(rows, card), ["voc"], found)
+    assert table.difference["worse"] == "+0.0100 [+0.0100, +0.0100]" and table.difference["of other episodes"] == "–"
+
+
+def test_an_episode_s_values_have_the_card_s_mean():
+    references = [reference(RAMP), reference(RAMP)]
+    said = [predicted(RAMP), predicted(1 - RAMP)]
+    card = scorecard.card(references, said)
+    assert scorecard.main_metric(card) == "mse_truth"
+    values = scorecard.values(references, said, "mse_truth")
+    assert values[0] == 0 and np.mean(values) == pytest.approx(card["all"]["mse_truth"], abs=1e-5)
+
+
+def test_a_model_of_other_stages_is_refused_with_both_vocabularies(parts):
+    *_, labels, model, _ = parts
+    scorecard.require_stages(model, labels, "mine")
+    other = replace(labels, stage_names={**labels.stage_names, "dense": ["push", "pull"]})
+    with pytest.raises(ValueError, match=r"theirs/sarm knows the dense stages \['leave the edge'.*annotations \['push', 'pull'\]"):
+        scorecard.require_stages(model, other, "theirs/sarm")
+    with pytest.raises(ValueError, match="the annotations none"):
+        scorecard.require_stages(model, replace(labels, stage_names={"sparse": labels.stage_names["sparse"]}), "theirs")
 
 
 def test_stage_04_leaves_the_scorecard_in_its_form(parts):
