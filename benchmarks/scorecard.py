@@ -5,10 +5,11 @@
     single_stage                  no annotations: the clock of each episode is its target
     all_cameras                   every camera that is encoded, instead of one
     learn_given_up                τ = 1 at the end of a try that failed too
+    learn_drawn_out               τ by the clock in segments with a pause or a detour too
     no_rewind                     no rewind augmentation
     no_repeats                    successes only, each stage once: after a failed try the first stages last longer
     lerobot_recipe                centred, one draw a batch, rewinds whose images are not their targets', padding in the loss,
-                                  failed tries that end at τ = 1
+                                  τ learned wherever there is a clock: failed tries, pauses and detours too
 
 Every row is trained like stage 03 does it, with the seed, the steps and the size of `params.yaml`, validated on the same val
 episodes by its own targets and measured against the same references. Needs the outputs of stages 00 and 02. A row that
@@ -32,6 +33,7 @@ LEROBOT = {
     "sarm.rewind_images": "of_lerobot",
     "sarm.loss_positions": "all",
     "sarm.learn_given_up": True,
+    "sarm.max_relative_duration": None,
 }
 Relabel = Callable[[Labels, Dataset], Labels]
 
@@ -75,6 +77,7 @@ def rows(cameras: list[str]) -> dict[str, tuple[dict, Relabel | None]]:
         "images_only": ({"sarm.inputs": ["images"]}, None),
         "single_stage": ({"base.annotation_mode": "single_stage", "rabc.head_mode": "sparse"}, single_stage),
         "learn_given_up": ({"sarm.learn_given_up": True}, None),
+        "learn_drawn_out": ({"sarm.max_relative_duration": None}, None),
         "no_rewind": ({"sarm.rewind_probability": 0.0}, None),
         "no_repeats": ({}, no_repeats),
         "lerobot_recipe": (LEROBOT, None),
@@ -104,7 +107,7 @@ def main() -> None:
         sampler = training.new_sampler(config, shown, embeddings, mine, model, clip)
         made_from = training.provenance(config, shown, embeddings, mine)
         folder = base.paths.write(f"scratch/scorecard/{name}")
-        validate = training.validator(shown, mine, sampler.store, config.sarm.learn_given_up)
+        validate = training.validator(shown, mine, sampler)
         training.train_into(folder, model, sampler, validate, config, made_from, device)
         model = checkpoint.load_reward_model(folder, device)
         store = progress.frame_store(shown, embeddings, model)

@@ -60,7 +60,9 @@ def better_rows(differences: pd.DataFrame, measure: str, row: str = "sarm") -> s
         return f"no row does better than `{row}` by `{measure}`"
     names = lambda rows: ", ".join(f"`{name}`" for name in rows.index)  # noqa: E731
     certain = less.query("high < 0")
-    beyond = f"beyond chance, over the same episodes: {names(certain)}" if len(certain) else "none of them beyond chance"
+    beyond = (
+        f"beyond chance, over the same episodes: {names(certain)}" if len(certain) else "none of them beyond chance"
+    )
     return f"rows that do better than `{row}` by `{measure}`: {names(less)}; {beyond}"
 
 
@@ -69,8 +71,16 @@ def comparable(rows: Mapping, row: Mapping) -> str:
     if not rows:
         return "the rows that change a part of SARM are not there for this dataset: `make scorecard`"
     if not row:
-        return "`sarm` is a model that does not say what it was trained on: what differs from the rows below is not known"
-    words = {"labels": "annotations", "settings": "sarm settings", "image_keys": "cameras", "seed": "seed", "code": "code"}
+        return (
+            "`sarm` is a model that does not say what it was trained on: what differs from the rows below is not known"
+        )
+    words = {
+        "labels": "annotations",
+        "settings": "sarm settings",
+        "image_keys": "cameras",
+        "seed": "seed",
+        "code": "code",
+    }
     other = [word for key, word in words.items() if key in rows and rows[key] != row.get(key)]
     return f"`sarm` was trained with other {', '.join(other)} than the rows below: `make scorecard`" if other else ""
 

@@ -57,7 +57,7 @@ def train(params) -> Path:
         params, demos, embeddings, labels, model, encoder.from_params(params, own_device(device))
     )
     made_from, folder = training.provenance(params, demos, embeddings, labels), params.paths.write("sarm")
-    validate = training.validator(demos, labels, sampler.store, params.sarm.learn_given_up)
+    validate = training.validator(demos, labels, sampler)
     training.train_into(folder, model, sampler, validate, params, made_from, device)
     return folder
 

@@ -152,6 +152,8 @@ class Sarm(Section):
     rewind_images: Literal["of_targets", "of_lerobot"]
     loss_positions: Literal["valid", "all"]
     learn_given_up: bool  # τ also of segments that end in a step back, or with an episode that did not get further
+    # τ is learned of segments that last up to so many times what their subtask usually takes; None learns all, as LeRobot does
+    max_relative_duration: Annotated[float, Field(ge=1)] | None
     inputs: list[Literal["images", "state"]]  # what the model is shown; for ablations
     hidden_dim: Positive
     num_heads: Positive

@@ -246,7 +246,8 @@ def sheet(of_row: Card) -> pd.DataFrame:
     """One row of a scorecard as text, a metric a line: over all episodes with its interval, and of every kind."""
     known = [metric for metric in METRICS if metric in of_row["all"]]
     return pd.DataFrame(
-        {kind: [_text(values, metric, kind == "all") for metric in known] for kind, values in of_row.items()}, index=known
+        {kind: [_text(values, metric, kind == "all") for metric in known] for kind, values in of_row.items()},
+        index=known,
     )
 
 

@@ -9,6 +9,7 @@ first of the next. LeRobot's `find_stage_and_tau` returns y; `targets` gives the
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
@@ -71,7 +72,11 @@ def counted(
 
 
 def temporal_proportions(annotations: list[Annotation], head: str, names: list[str]) -> np.ndarray:
-    """ᾱ (K,) by Eq 1 over all M annotated episodes; an episode without stage k counts 0, a repeated one counts twice."""
+    """ᾱ (K,) by Eq 1 over M annotated episodes; an episode without stage k counts 0, a repeated one counts twice.
+
+    The paper sums over all episodes, which all do the task. Where some fail, `counted` says over which: an episode that
+    stops half-way would make the first stages larger than they are.
+    """
     shares = []
     for annotation in annotations:
         segments = annotation.head(head)
@@ -117,6 +122,36 @@ class Labels:
         arrays = {head: [self.stage[head].tobytes().hex(), self.tau[head].tobytes().hex()] for head in self.stage}
         undone = {head: np.flatnonzero(frames).tolist() for head, frames in self.given_up.items()}
         return digest(arrays, self.stage_names, self.proportions, sorted(self.annotated), undone)
+
+
+def drawn_out(labels: Labels, episodes: Sequence[Episode], factor: float) -> dict[str, np.ndarray]:
+    """A head: (N,) bool, frames of segments that last more than `factor` times what their subtask usually takes.
+
+    What it usually takes is the median over the training segments in which it was done. A much longer one holds a pause, a
+    slip or a detour, and Eq 2's clock runs on through it: its τ says how much time went by and not how far the robot came.
+    """
+    found = {}
+    for head, stage in labels.stage.items():
+        undone = labels.given_up.get(head, np.zeros(len(stage), dtype=bool))
+        segments = [
+            (e.split == "train" and not undone[rows.start], stage[rows.start], rows)
+            for e in episodes
+            if e.index in labels.annotated
+            for rows in _segments(stage[e.rows], labels.tau[head][e.rows], e.row)
+        ]
+        found[head] = np.zeros(len(stage), dtype=bool)
+        for k in range(len(labels.stage_names[head])):
+            usual = [rows.stop - rows.start for counts, of, rows in segments if counts and of == k]
+            for _, of, rows in segments:
+                if usual and of == k:
+                    found[head][rows] = rows.stop - rows.start > factor * np.median(usual)
+    return found
+
+
+def _segments(stage: np.ndarray, tau: np.ndarray, row: int) -> list[slice]:
+    """Rows of the segments of an episode from `row` on, given its targets (T,); a gap belongs to the segment before it."""
+    edges = np.flatnonzero((np.diff(stage) != 0) | (np.diff(tau) < 0)) + 1
+    return [slice(row + a, row + b) for a, b in pairwise([0, *edges.tolist(), len(stage)])]
 
 
 def complete_episodes(labels: Labels, episodes: Sequence[Episode]) -> set[int]:

@@ -30,7 +30,7 @@ from sarm_lib.model import Sarm, SarmSpec
 from sarm_lib.processes import share
 from sarm_lib.progress import frame_store, score
 from sarm_lib.schedule import Estimate, learning_rate
-from sarm_lib.stages import Labels, progress
+from sarm_lib.stages import Labels, drawn_out, progress
 from sarm_lib.windows import FrameStore, Windows, WindowSpec
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class Batch(NamedTuple):
     windows: Windows
     stage: dict[str, Tensor]
     tau: dict[str, Tensor]
-    known: dict[str, Tensor]  # a head: (B, T) bool: τ says something; unknown in segments that were given up
+    known: dict[str, Tensor]  # a head: (B, T) bool: τ says something (`unknown_tau`)
     given: Tensor  # (B,) bool: the progress transformer is given the true stage (teacher forcing)
     rows: np.ndarray  # (B, T) dataset rows of the images, for whoever wants to look
     positions: float  # valid positions of the whole batch, a process: what its stage loss is divided by
@@ -77,7 +77,7 @@ class Sampler:
     rows: np.ndarray  # (M,) frames to draw from
     stage: dict[str, np.ndarray]  # a head: (N,)
     tau: dict[str, np.ndarray]  # a head: (N,)
-    given_up: dict[str, np.ndarray]  # a head: (N,) bool, frames whose τ is not learned
+    unknown: dict[str, np.ndarray]  # a head: (N,) bool, frames whose τ is neither learned nor validated
     perturbations: Tensor  # (P, E) embeddings of texts that are not the task
     augmentation: Augmentation
     loss_positions: Literal["valid", "all"] = "valid"
@@ -110,7 +110,7 @@ class Sampler:
         counted = inside if self.loss_positions == "valid" else np.ones_like(inside)
 
         frames, seen = frames + start[:, None], seen + start[:, None]
-        known = {head: ~(undone[frames] & right) for head, undone in self.given_up.items()}
+        known = {head: ~(undone[frames] & right) for head, undone in self.unknown.items()}
         mine = slice(process, None, processes)
         here, asked = frames[mine], right[mine]
         return Batch(
@@ -215,7 +215,7 @@ def new_sampler(
         rows=annotated_rows(dataset.split("train"), labels.annotated),
         stage=labels.stage,
         tau=labels.tau,
-        given_up=unknown_tau(labels, settings.learn_given_up),
+        unknown=unknown_tau(labels, dataset, settings),
         perturbations=encoder.texts(perturbed_texts(PERTURBATIONS, params.base.seed)),
         augmentation=Augmentation(
             settings.rewind_probability,
@@ -228,19 +228,23 @@ def new_sampler(
     )
 
 
-def unknown_tau(labels: Labels, learn_given_up: bool) -> dict[str, np.ndarray]:
-    """A head: (N,) bool, frames whose τ is neither learned nor validated."""
-    none = {head: np.zeros(len(tau), dtype=bool) for head, tau in labels.tau.items()}
-    return none if learn_given_up else none | labels.given_up
+def unknown_tau(labels: Labels, dataset: Dataset, settings) -> dict[str, np.ndarray]:
+    """A head: (N,) bool, frames whose τ says nothing of how far the robot came: of segments that were given up, and of
+    drawn-out ones. settings: `params.sarm`, which may ask for either to be learned all the same."""
+    found = {head: np.zeros(len(tau), dtype=bool) for head, tau in labels.tau.items()}
+    if not settings.learn_given_up:
+        found = {head: labels.given_up.get(head, frames) for head, frames in found.items()}
+    if settings.max_relative_duration is not None:
+        long = drawn_out(labels, dataset.episodes, settings.max_relative_duration)
+        found = {head: frames | long[head] for head, frames in found.items()}
+    return found
 
 
-def validator(
-    dataset: Dataset, labels: Labels, store: FrameStore, learn_given_up: bool = False
-) -> Callable[[Sarm], dict[str, float]]:
+def validator(dataset: Dataset, labels: Labels, sampler: Sampler) -> Callable[[Sarm], dict[str, float]]:
     """Scores a model on the annotated val episodes, augmentation off. `val_rmse`: root mean squared error of φ where it is
     known, the mean over episodes and heads (of mean squares, two odd episodes would decide which weights are the best);
     `val_accuracy_{head}`: of the stage."""
-    unknown = unknown_tau(labels, learn_given_up)
+    unknown, store = sampler.unknown, sampler.store
     episodes = [episode for episode in dataset.split("val") if episode.index in labels.annotated]
     rows = annotated_rows(tuple(episodes), labels.annotated)
     ends = np.cumsum([episode.length for episode in episodes])[:-1]

@@ -121,7 +121,10 @@ def test_rows_that_do_better_are_told_from_luck():
         index=["sarm", "lucky", "better", "worse"],
     )
     said = findings.better_rows(table, "mse")
-    assert said == "rows that do better than `sarm` by `mse`: `lucky`, `better`; beyond chance, over the same episodes: `better`"
+    assert (
+        said
+        == "rows that do better than `sarm` by `mse`: `lucky`, `better`; beyond chance, over the same episodes: `better`"
+    )
     assert "none of them beyond chance" in findings.better_rows(table.drop("better"), "mse")
     assert findings.better_rows(table.loc[["sarm", "worse"]], "mse") == "no row does better than `sarm` by `mse`"
 

@@ -127,7 +127,9 @@ def test_groups_are_measured_apart_and_what_no_row_has_is_named():
     assert card["clean"]["voc"] == 1 and card["sloppy"]["voc"] == -1 and card["all"]["voc"] == 0
     assert "retry_order" in scorecard.left_out({"sarm": card}) and "voc" not in scorecard.left_out({"sarm": card})
     table = scorecard.table({"sarm": card}, ["voc", "retry_order"])
-    assert table.voc.tolist() == ["0.000 [-1.000, 1.000]"] and list(table.columns) == ["voc"]  # what no row has is no column
+    assert table.voc.tolist() == ["0.000 [-1.000, 1.000]"] and list(table.columns) == [
+        "voc"
+    ]  # what no row has is no column
     sheet = scorecard.sheet(card)
     assert sheet.loc["voc"].tolist() == ["0.000 [-1.000, 1.000]", "1.000", "-1.000"]
     assert sheet.loc["false_progress", "clean"] == "–" if "false_progress" in sheet.index else True
@@ -212,7 +214,11 @@ def test_the_row_of_the_targets_follows_the_annotations(parts):
 
 
 def test_ablations_of_another_dataset_are_left_out(tmp_path):
-    rows = {"rows": {"no_rewind": {"all": {"voc": 0.5}}}, "values": {"no_rewind": [0.1]}, "made_from": {"fingerprint": "this"}}
+    rows = {
+        "rows": {"no_rewind": {"all": {"voc": 0.5}}},
+        "values": {"no_rewind": [0.1]},
+        "made_from": {"fingerprint": "this"},
+    }
     write_json(tmp_path / "s.json", rows)
     assert scorecard.ablations(tmp_path / "s.json", "this").cards == rows["rows"]
     for path, fingerprint in (("s.json", "that"), ("none.json", "this")):
@@ -245,7 +251,9 @@ def test_a_model_of_other_stages_is_refused_with_both_vocabularies(parts):
     *_, labels, model, _ = parts
     scorecard.require_stages(model, labels, "mine")
     other = replace(labels, stage_names={**labels.stage_names, "dense": ["push", "pull"]})
-    with pytest.raises(ValueError, match=r"theirs/sarm knows the dense stages \['leave the edge'.*annotations \['push', 'pull'\]"):
+    with pytest.raises(
+        ValueError, match=r"theirs/sarm knows the dense stages \['leave the edge'.*annotations \['push', 'pull'\]"
+    ):
         scorecard.require_stages(model, other, "theirs/sarm")
     with pytest.raises(ValueError, match="the annotations none"):
         scorecard.require_stages(model, replace(labels, stage_names={"sparse": labels.stage_names["sparse"]}), "theirs")

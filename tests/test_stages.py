@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sarm_lib.annotations import Annotation, Segment
-from sarm_lib.stages import counted, given_up, progress, targets, temporal_proportions
+from sarm_lib.dataset import Episode
+from sarm_lib.stages import Labels, counted, drawn_out, given_up, progress, targets, temporal_proportions
 
 NAMES = ["reach", "grasp", "lift", "carry"]
 
@@ -118,3 +119,32 @@ def test_a_try_that_is_given_up_is_known_by_what_follows(shown, undone):
     by_segment = frames.reshape(-1, 5)
     assert (by_segment.all(1) | ~by_segment.any(1)).all(), "a gap belongs to the segment before it"
     assert " ".join(s.subtask for s, up in zip(segments, by_segment[:, 0], strict=True) if up) == undone
+
+
+def test_a_drawn_out_segment_is_known_by_what_its_subtask_usually_takes():
+    """By the training segments in which it was done alone: neither failed tries nor other splits say what is usual."""
+    names = {"dense": ["reach", "lift"]}
+    plans = [
+        ("train", "reach 10 lift 6"),
+        ("train", "reach 12 lift 6"),
+        ("train", "reach 11 lift 10 reach 30 lift 6"),  # lift is tried in vain, and reach takes long then
+        ("val", "reach 17 lift 9"),
+        ("val", "reach 16 lift 10"),
+    ]
+    # usual: 11.5 frames of reach, 6 of lift; so more than 17.25 and more than 9 are long
+    long = {(2, "lift", 10), (2, "reach", 30), (4, "lift", 10)}
+    episodes, targets_of, undone, expected = [], [], [], []
+    for i, (split, plan) in enumerate(plans):
+        shown, start, segments = plan.split(), 0, []
+        for name, duration in zip(shown[::2], map(int, shown[1::2]), strict=True):
+            segments.append(Segment(name, start, start + duration - 1))
+            start += duration
+            expected += [(i, name, duration) in long] * duration
+        row = len(expected) - start
+        episodes.append(Episode(i, start, row, row, split, "all"))
+        targets_of.append(targets(tuple(segments), names["dense"], start))
+        undone.append(given_up(tuple(segments), names["dense"], start))
+    stage, tau = map(np.concatenate, zip(*targets_of, strict=True))
+    every, shares = frozenset(range(len(plans))), {"dense": [0.6, 0.4]}
+    labels = Labels({"dense": stage}, {"dense": tau}, names, shares, every, {"dense": np.concatenate(undone)})
+    np.testing.assert_array_equal(drawn_out(labels, episodes, 1.5)["dense"], expected)

@@ -65,10 +65,10 @@ def test_what_a_sample_draws_does_not_depend_on_how_many_there_are(parts):
 
 def test_the_losses_are_means_over_what_is_learned(parts):
     """Of τ over the positions where it is known: segments that were given up do not make the others count less."""
-    _, dataset, _, labels, model, sampler = parts
+    _, dataset, _, _, model, sampler = parts
     undone = np.zeros(dataset.num_frames, dtype=bool)
     undone[::2] = True
-    sampler.given_up = training.unknown_tau(replace(labels, given_up=dict.fromkeys(labels.tau, undone)), False)
+    sampler.unknown = dict.fromkeys(sampler.tau, undone)
     batch, loss = sampler.draw(np.random.default_rng(0), 32), SarmLoss(model.sarm.eval())
     found, valid = loss(batch), batch.windows.valid
     logits = model.sarm.stage_logits(batch.windows, list(batch.stage))
@@ -80,14 +80,14 @@ def test_the_losses_are_means_over_what_is_learned(parts):
 
 
 def test_the_progress_of_a_try_that_was_given_up_is_not_learned_but_its_stage_is(parts):
-    _, dataset, _, labels, model, sampler = parts
+    config, dataset, _, labels, model, sampler = parts
     sampler.augmentation = Augmentation(0.0, 0.0, 1.0)
     undone = np.zeros(dataset.num_frames, dtype=bool)
     for episode in dataset.split("train"):
         undone[episode.row : episode.row + 5] = True
     loss = SarmLoss(model.sarm.eval())
     for asked, counts in ((labels.given_up, True), ({"dense": undone}, False)):
-        sampler.given_up = training.unknown_tau(replace(labels, given_up=asked), False)
+        sampler.unknown = training.unknown_tau(replace(labels, given_up=asked), dataset, config.sarm)
         batch = sampler.draw(np.random.default_rng(0), 32)
         up = torch.from_numpy(undone[batch.rows])
         assert up.any()
@@ -96,9 +96,32 @@ def test_the_progress_of_a_try_that_was_given_up_is_not_learned_but_its_stage_is
         assert same != counts
         wrong = {**batch.stage, "dense": torch.where(up, (batch.stage["dense"] + 1) % 3, batch.stage["dense"])}
         assert not torch.equal(loss(batch)["dense_stage_loss"], loss(batch._replace(stage=wrong))["dense_stage_loss"])
-    assert not any(
-        frames.any() for frames in training.unknown_tau(replace(labels, given_up={"dense": undone}), True).values()
-    )
+    all_learned = config.sarm.model_copy(update={"learn_given_up": True})
+    found = training.unknown_tau(replace(labels, given_up={"dense": undone}), dataset, all_learned)
+    assert not any(frames.any() for frames in found.values())
+
+
+def test_the_progress_of_a_drawn_out_segment_is_neither_learned_nor_validated(parts):
+    config, dataset, _, labels, model, sampler = parts
+    stage, tau = ({head: values.copy() for head, values in of.items()} for of in (labels.stage, labels.tau))
+    (long, *_), (held_out, *_) = dataset.split("train"), dataset.split("val")
+    for episode in (long, held_out):  # the first subtask takes all but the last two frames
+        for head, names in labels.stage_names.items():
+            last = len(names) - 1
+            stage[head][episode.rows], tau[head][episode.rows] = 0, np.linspace(0, 1, episode.length)
+            stage[head][episode.row + episode.length - 2 : episode.row + episode.length] = last
+    slow = replace(labels, stage=stage, tau=tau)
+    unknown = training.unknown_tau(slow, dataset, config.sarm)["dense"]
+    assert set(dataset.frames.episode_index[unknown]) == {long.index, held_out.index}
+    assert unknown[long.rows].sum() == long.length - 2
+    every = training.unknown_tau(slow, dataset, config.sarm.model_copy(update={"max_relative_duration": None}))
+    assert not any(frames.any() for frames in every.values())
+    for asked, seen in ((unknown, False), (every["dense"], True)):
+        sampler.unknown = dict.fromkeys(labels.tau, asked)
+        score = training.validator(dataset, slow, sampler)(model.sarm)["val_rmse"]
+        wrong = {head: np.where(unknown, 1 - values, values).astype(np.float32) for head, values in tau.items()}
+        again = training.validator(dataset, replace(slow, tau=wrong), sampler)(model.sarm)["val_rmse"]
+        assert (score != again) == seen
 
 
 def test_processes_share_a_batch_and_its_loss(parts):
@@ -209,7 +232,7 @@ class Stopped(Exception):
 def test_a_stopped_run_resumes_to_the_same_weights(parts, tmp_path):
     config, dataset, embeddings, labels, _, sampler = parts
     config = config.model_copy(update={"sarm": config.sarm.model_copy(update={"dropout": 0.1})})  # draws at every step
-    validate = training.validator(dataset, labels, sampler.store)
+    validate = training.validator(dataset, labels, sampler)
     validations = 0
 
     def validate_and_stop(sarm):
@@ -262,9 +285,7 @@ def test_weights_and_biases_is_told_the_losses(parts, tmp_path, monkeypatch):
     config, dataset, embeddings, labels, _, sampler = parts
     settings = config.sarm.model_copy(update={"log_with": "wandb", "log_project": "cubes"})
     sarm = training.new_reward_model(config, dataset, embeddings, labels).sarm
-    training.train(
-        sarm, sampler, training.validator(dataset, labels, sampler.store), settings, 0, "cpu", tmp_path / "w"
-    )
+    training.train(sarm, sampler, training.validator(dataset, labels, sampler), settings, 0, "cpu", tmp_path / "w")
     assert {project for project, _ in logged} == {"cubes"} and any("val_rmse" in values for _, values in logged)
     assert wandb.run is None and list(tmp_path.glob("wandb/offline-run-*"))  # ended, and on disk
 
@@ -302,7 +323,7 @@ def test_training_learns(parts, tmp_path):
     config, dataset, embeddings, labels, _, sampler = parts
     settings = config.sarm.model_copy(update={"steps": 300, "eval_every": 100, "learning_rate": 3e-3, "dropout": 0.0})
     sarm = training.new_reward_model(config, dataset, embeddings, labels).sarm
-    validate = training.validator(dataset, labels, sampler.store)
+    validate = training.validator(dataset, labels, sampler)
     curve = [
         line for line in training.train(sarm, sampler, validate, settings, 0, "cpu", tmp_path).log if "val_rmse" in line
     ]
