@@ -13,7 +13,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 
 from sarm_lib.artifacts import read_json
-from sarm_lib.checkpoint import CONFIG, OURS
+from sarm_lib.checkpoint import CONFIG, OURS, checkpoint_digest
 from sarm_lib.params import load
 
 KINDS = {
@@ -38,25 +38,27 @@ def push(kind: str, repo_id: str, outputs: Path, private: bool = False, api: HfA
         return str(address)
     api.upload_folder(folder_path=path, **where)
     if kind == "reward-model":
-        card = model_card(path, outputs / "metrics/scorecard.json", repo_id)
+        card = model_card(path, outputs / "metrics", repo_id)
         api.upload_file(path_or_fileobj=card.encode(), path_in_repo="README.md", **where)
     return str(address)
 
 
-def model_card(checkpoint: Path, scorecard: Path, repo_id: str) -> str:
-    """What the reward model is, what it was measured at and how to use it."""
+def model_card(checkpoint: Path, metrics: Path, repo_id: str) -> str:
+    """What the reward model is, what chapter 04 measured of exactly this one, and how to use it."""
     ours = read_json(checkpoint / OURS)
     spec, window = ours["spec"], ours["spec"]["window"]
     lerobot = read_json(checkpoint / CONFIG)["type"] == "sarm"
     stages = "\n".join(f"- {head}: {', '.join(names)}" for head, names in spec["stage_names"].items())
     loads = "`SARMRewardModel.from_pretrained` loads it" if lerobot else "LeRobot cannot express it and refuses it"
-    figures = read_json(scorecard)["sarm"]["all"] if scorecard.exists() else {}
+    headline, scorecard = metrics / "visualize.json", metrics / "scorecard.json"
+    measured = headline.exists() and read_json(headline).get("reward_model") == checkpoint_digest(checkpoint)
+    figures = read_json(scorecard)["sarm"]["all"] if measured else {}
     rows = [
         f"| {name} | {value:g} | [{figures[f'{name}_low']:g}, {figures[f'{name}_high']:g}] |"
         for name, value in figures.items()
         if f"{name}_low" in figures
     ]
-    measured = (
+    table = (
         "\n".join(["| metric | test episodes | 95 % interval |", "|---|---|---|", *rows]) if rows else "Not measured."
     )
     return f"""---
@@ -77,7 +79,7 @@ Stages:
 
 ## Measured
 
-{measured}
+{table}
 
 The metrics' formulas stand in `sarm_lib/scorecard.py` of the repository that made it.
 

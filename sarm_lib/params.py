@@ -353,6 +353,10 @@ def load(params_file: str | Path = "params.yaml", overrides: dict[str, Any] | No
 def _check_annotate(options: Annotate, mode: AnnotationMode) -> None:
     if options.episodes == []:
         raise ParamsError("annotate.episodes: names no episode; null means all")
+    if mode != "single_stage" and len(options.dense_subtasks) == 1:  # LeRobot's format knows no such model
+        raise ParamsError(
+            "annotate.dense_subtasks: one subtask divides nothing; name two or more, or set base.annotation_mode"
+        )
     if mode != "single_stage" and options.second_opinion == options.annotator and not options.seed_matters:
         greedy = " at annotate.temperature 0" if options.annotator in ("vlm", "server") else ""
         raise ParamsError(

@@ -156,7 +156,7 @@ def configured(**changes) -> params.Params:
 
 
 def test_the_estimate_is_of_the_episodes_that_are_left(demos):
-    asked = annotators.from_params(configured(annotator="server", dense_subtasks=["go"]), demos)
+    asked = annotators.from_params(configured(annotator="server", dense_subtasks=["go", "stop"]), demos)
     every, few = (annotators.estimate(asked, demos.episodes[:n]) for n in (8, 2))
     assert "16 requests or more" in every and "4 requests or more" in few
     assert annotators.estimate(asked, []) == "nothing is left to annotate"
@@ -207,14 +207,14 @@ def test_two_seeds_share_neither_a_work_folder_nor_a_member_of_the_ensemble(seed
 
 
 def test_the_first_annotator_with_another_seed_is_a_second_opinion(demos):
-    values = {"annotator": "server", "second_opinion": "server", "temperature": 1.0, "dense_subtasks": ["go"]}
+    values = {"annotator": "server", "second_opinion": "server", "temperature": 1.0, "dense_subtasks": ["go", "stop"]}
     config = configured(**values)
     first, second = annotators.from_params(config, demos), annotators.second_from_params(config, demos)
     assert second.identity == {**first.identity, "seed": config.base.seed + 1}
 
 
 def test_a_second_opinion_that_cannot_be_had_is_a_failure_of_each_episode_and_no_error(demos, tmp_path):
-    config = configured(annotator="keyframes", second_opinion="dataset", sparse_subtasks=["go"], dense_subtasks=["go"])
+    config = configured(annotator="keyframes", second_opinion="dataset", sparse_subtasks=["go"], dense_subtasks=["go", "stop"])
     second = annotators.second_from_params(config, demos)
     found, failures = annotators.run(second, demos, annotations.vocabulary(config), tmp_path)
     assert found == [] and [f.episode for f in failures] == list(range(8))

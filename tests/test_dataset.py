@@ -10,7 +10,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sarm_lib.dataset import DatasetError, _keep, _splits, few_held_out, fingerprint, open_dataset, split_summary
+from sarm_lib.dataset import (
+    DatasetError,
+    _keep,
+    _splits,
+    few_held_out,
+    fingerprint,
+    open_dataset,
+    split_summary,
+    suggest_frame_gap,
+)
 from tests.conftest import CAMERAS, LENGTHS, TASKS, make_dataset
 
 
@@ -290,3 +299,13 @@ def test_the_fingerprint_names_the_frames_and_not_the_annotations(tiny, copy):
     with next(copy.glob("videos/**/*.mp4")).open("ab") as file:
         file.write(b"x")
     assert fingerprint(copy) != name
+
+
+def test_the_suggested_window_spans_a_third_of_a_training_episode(tiny):
+    demos = open_dataset(tiny)
+    median = np.median([e.length for e in demos.split("train")])
+    for steps in (2, 4, 8):
+        gap = suggest_frame_gap(demos, steps)
+        assert gap >= 1 and (gap == 1 or abs(gap * steps - median / 3) <= steps / 2)
+    assert suggest_frame_gap(demos, 1) == round(median / 3)
+    assert suggest_frame_gap(demos, 1000) == 1  # more frames than there are

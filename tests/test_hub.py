@@ -41,7 +41,17 @@ def test_a_model_that_lerobot_cannot_load_says_so(project, tmp_path):
 
     copy = shutil.copytree(project / "outputs/sarm", tmp_path / "sarm")
     write_json(copy / "config.json", {"type": "sarm_lib"})
-    assert "refuses it" in hub.model_card(copy, tmp_path / "none.json", "me/x")
+    assert "refuses it" in hub.model_card(copy, tmp_path, "me/x")
+
+
+def test_a_model_that_was_not_measured_carries_no_other_model_s_figures(project, tmp_path):
+    import shutil
+
+    copy = shutil.copytree(project / "outputs/sarm", tmp_path / "sarm")
+    assert "| voc |" in hub.model_card(copy, project / "outputs/metrics", "me/x")
+    with (copy / "config.json").open("a") as file:
+        file.write("\n")
+    assert "Not measured." in hub.model_card(copy, project / "outputs/metrics", "me/x")
 
 
 def test_dataset_and_progress_go_to_a_dataset_repository(project):

@@ -1,12 +1,15 @@
 """A user's own dataset through the whole chain: images instead of videos, several files, no cache, from the Hub."""
 
+import shutil
+
+import numpy as np
 import pandas as pd
 import pytest
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies import make_pre_post_processors
 
-from sarm_lib import dataset, params
-from sarm_lib.artifacts import read_json
+from sarm_lib import checkpoint, dataset, params
+from sarm_lib.artifacts import read_json, write_json
 from sarm_lib.dataset import rows_of
 from sarm_lib.policy import StreamedFrames
 from tests.conftest import CAMERAS, LENGTHS, make_dataset, make_project, run_chapters, run_notebook
@@ -77,6 +80,46 @@ def test_an_old_dataset_of_the_hub_is_answered_with_how_to_convert_it(monkeypatc
         dataset.DatasetError, match=r"hf download someone/cubes .* --root=cubes --push-to-hub=false, and set"
     ):
         dataset.open_dataset("someone/cubes")
+
+
+def test_a_reward_model_of_lerobot_s_is_measured_and_weights_frames(tmp_path, project):
+    """Chapters 04 and 05 with what `SARMRewardModel.save_pretrained` wrote."""
+    from lerobot.rewards.sarm.configuration_sarm import SARMConfig
+    from lerobot.rewards.sarm.modeling_sarm import SARMRewardModel
+
+    ours = checkpoint.load_reward_model(project / "outputs/sarm").spec
+    heads = {
+        f"{head}_{what}": value
+        for head in ours.heads
+        for what, value in (("subtask_names", ours.stage_names[head]), ("temporal_proportions", ours.proportions[head]))
+    }
+    config = SARMConfig(
+        annotation_mode="dual", **heads, **{f"num_{head}_stages": ours.num_stages(head) for head in ours.heads},
+        hidden_dim=16, num_heads=2, num_layers=1, frame_gap=1, image_key=CAMERAS[0], device="cpu",
+    )  # fmt: skip
+    SARMRewardModel(config).save_pretrained(tmp_path / "theirs")
+    folder = shutil.copytree(project, tmp_path / "p")
+    named = {"rabc.reward_model_path": str(tmp_path / "theirs"), "base.outputs": "outputs/theirs"}
+    for needed in ("embeddings", "dataset"):
+        (folder / "outputs/theirs").mkdir(exist_ok=True)
+        (folder / "outputs/theirs" / needed).symlink_to(folder / "outputs" / needed)
+    scored = run_notebook(folder, "04_visualize", named)
+    cards = read_json(folder / "outputs/theirs/metrics/scorecard.json")
+    assert cards["sarm"]["all"]["episodes"] == len(scored["test"]) and "mse_target_dense" in cards["sarm"]["all"]
+    assert "not known" in str(scored["findings"].comparable({"seed": 0}, scored["model"].made_from))
+    run_notebook(folder, "05_compute_rabc", named)
+    phi = pd.read_parquet(folder / "outputs/theirs/sarm_progress.parquet")
+    for episode in scored["test"]:
+        mine = phi[phi.episode_index == episode.index].progress_dense
+        np.testing.assert_allclose(mine, scored["scores"][episode.index, "dense"].progress, atol=1e-5)
+    assert pd.read_parquet(folder / "outputs/theirs/rabc_weights.parquet").weight.between(0, 1).all()
+    of_another_task = read_json(tmp_path / "theirs/config.json")
+    of_another_task["dense_subtask_names"][0] = "push the cube"
+    write_json(tmp_path / "theirs/config.json", of_another_task)
+    with pytest.raises(
+        ValueError, match=r"theirs knows the dense stages \['push the cube'.*the annotations \['leave the edge'"
+    ):
+        run_notebook(folder, "04_visualize", named)
 
 
 def test_a_model_of_a_small_dataset_weights_a_large_one(tmp_path, project, tiny_encoder):

@@ -98,3 +98,11 @@ def test_the_table_of_the_guide_s_options_names_existing_keys_and_their_defaults
         assert key in values[section], f"{section}.{key}"
         if default.startswith("`"):
             assert yaml.safe_load(default.strip("`")) == values[section][key], f"{section}.{key}"
+
+
+def test_a_single_dense_subtask_is_refused_before_anything_runs(tmp_path):
+    one = {"annotate.dense_subtasks": ["do it all"]}
+    with pytest.raises(params.ParamsError, match=r"annotate\.dense_subtasks: one subtask divides nothing"):
+        params.load(ROOT / "params.yaml", one)
+    single = {"base.annotation_mode": "single_stage", "rabc.head_mode": "sparse"}
+    assert params.load(ROOT / "params.yaml", one | single).heads == ("sparse",)
