@@ -9,7 +9,7 @@
     no_rewind                     no rewind augmentation
     no_repeats                    successes only, each stage once: after a failed try the first stages last longer
     lerobot_recipe                centred, one draw a batch, rewinds whose images are not their targets', padding in the loss,
-                                  τ learned wherever there is a clock: failed tries, pauses and detours too
+                                  no average of the weights, τ learned wherever there is a clock: failed tries, pauses and detours too
 
 Every row is trained like stage 03 does it, with the seed, the steps and the size of `params.yaml`, validated on the same val
 episodes by its own targets and measured against the same references. Needs the outputs of stages 00 and 02. A row that
@@ -34,6 +34,7 @@ LEROBOT = {
     "sarm.loss_positions": "all",
     "sarm.learn_given_up": True,
     "sarm.max_relative_duration": None,
+    "sarm.ema_decay": 0.0,
 }
 Relabel = Callable[[Labels, Dataset], Labels]
 

@@ -53,6 +53,19 @@ def two_measures(by_target: Mapping[str, float], by_truth: Mapping[str, float], 
     return f"against the target {target} was the hardest: a target says what the annotations say, and the truth what the scene shows"
 
 
+def ends(progress: Sequence[np.ndarray], succeeded: Sequence[bool], fall: float = 0.05) -> str:
+    """Of φ (T,) of episodes and whether they succeeded: whether it arrives, and whether it falls on the last frames."""
+    done = [phi for phi, success in zip(progress, succeeded, strict=True) if success]
+    failed = [phi[-1] for phi, success in zip(progress, succeeded, strict=True) if not success]
+    if not done:
+        return "no episode succeeds: where progress ends says nothing"
+    last, falls = np.array([phi[-1] for phi in done]), sum(phi.max() - phi[-1] > fall for phi in done)
+    said = f"the {len(done)} episodes that succeed end at {last.mean():.2f} (the lowest at {last.min():.2f}), {falls} of them after a fall of more than {fall:g}"
+    return said + (
+        f"; the {len(failed)} that fail at {np.mean(failed):.2f} (the highest at {max(failed):.2f})" if failed else ""
+    )
+
+
 def better_rows(differences: pd.DataFrame, measure: str, row: str = "sarm") -> str:
     """Of a table of `scorecard.differences` in an error: which rows have less of it, and which certainly."""
     less = differences.drop(row).query("difference < 0")

@@ -166,6 +166,7 @@ class Sarm(Section):
     weight_decay: Annotated[float, Field(ge=0)]
     warmup_steps: Annotated[int, Field(ge=0)]
     gradient_clip: Rate
+    ema_decay: Annotated[float, Field(ge=0, lt=1)]  # of the weights' moving average, which is what is kept; 0 for none
     precision: Literal["auto", "fp32", "bf16"]  # "auto" is bf16 on a GPU that has it
     log_every: Positive
     eval_every: Positive

@@ -43,9 +43,7 @@ from lerobot.utils.random_utils import set_seed
 from peft import PeftConfig as AdapterConfig
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from torch import nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
+from safetensors.torch import load_file
 
 import sarm_lib.small_pi0  # noqa: F401  (registers the policy type)
 from sarm_lib.artifacts import (
@@ -62,7 +60,7 @@ from sarm_lib.artifacts import (
 from sarm_lib.dataset import Dataset, Episode, fingerprint, rows_of
 from sarm_lib.live import bar
 from sarm_lib.losses import SEVERAL_DRAWS, TAKES_NOISE, WeightedLoss, gives_sample_losses, per_sample_loss, sample_noise
-from sarm_lib.schedule import Estimate, learning_rate
+from sarm_lib.schedule import Average, Estimate, learning_rate
 
 log = logging.getLogger(__name__)
 
@@ -443,48 +441,6 @@ def make_optimizer(policy: PreTrainedPolicy, rate: float) -> torch.optim.Optimiz
     for group in optimizer.param_groups:
         group["lr"] = rate * (group["lr"] / preset.lr)
     return optimizer
-
-
-class Average:
-    """The moving average of a policy's trained weights, which is what is kept and acts. decay: 0 keeps the last ones."""
-
-    def __init__(self, trainable: list[nn.Parameter], decay: float) -> None:
-        self.trainable, self.decay, self.updates = trainable, decay, 0
-        self.kept = [p.detach().clone() for p in trainable] if decay else []
-
-    def update(self) -> None:
-        self.updates += 1
-        decay = min(self.decay, self.updates / (self.updates + 9))  # the untrained weights are soon forgotten
-        if self.kept:
-            get_ema_multi_avg_fn(decay)(self.kept, self.trainable, self.updates)
-
-    @contextlib.contextmanager
-    def in_place(self) -> Iterator[None]:
-        """The average in the place of the weights that learn."""
-        live = [p.detach().clone() for p in self.trainable] if self.kept else []
-        self._put(self.kept)
-        try:
-            yield
-        finally:
-            self._put(live)
-
-    @torch.no_grad()
-    def _put(self, values: list[torch.Tensor]) -> None:
-        for parameter, value in zip(self.trainable, values):
-            parameter.copy_(value)
-
-    def save_live(self, path: Path) -> None:
-        """The weights that learn, beside a checkpoint that holds their average."""
-        if self.kept:
-            save_file({str(i): p.detach() for i, p in enumerate(self.trainable)}, path)
-
-    def resume(self, path: Path, step: int) -> None:
-        """Take the weights in place for the average, and those of `path` for the ones that learn."""
-        self.updates = step
-        if self.kept:
-            self.kept = [p.detach().clone() for p in self.trainable]
-            live = load_file(path)
-            self._put([live[str(i)] for i in range(len(self.trainable))])
 
 
 def train_arm(

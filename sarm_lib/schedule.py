@@ -1,7 +1,16 @@
-"""How a training run proceeds, of the reward model and of the policies alike: its learning rate, and what it will take."""
+"""How a training run proceeds, of the reward model and of the policies alike: its learning rate, the average of its weights,
+and what it will take."""
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 def learning_rate(step: int, steps: int, warmup: int) -> float:
@@ -9,6 +18,48 @@ def learning_rate(step: int, steps: int, warmup: int) -> float:
     if step < warmup:
         return (step + 1) / warmup
     return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+class Average:
+    """The moving average of the weights that are trained, which is what is kept and acts. decay: 0 keeps the last ones."""
+
+    def __init__(self, trainable: list[nn.Parameter], decay: float) -> None:
+        self.trainable, self.decay, self.updates = trainable, decay, 0
+        self.kept = [p.detach().clone() for p in trainable] if decay else []
+
+    def update(self) -> None:
+        self.updates += 1
+        decay = min(self.decay, self.updates / (self.updates + 9))  # the untrained weights are soon forgotten
+        if self.kept:
+            get_ema_multi_avg_fn(decay)(self.kept, self.trainable, self.updates)
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The average in the place of the weights that learn."""
+        live = [p.detach().clone() for p in self.trainable] if self.kept else []
+        self._put(self.kept)
+        try:
+            yield
+        finally:
+            self._put(live)
+
+    @torch.no_grad()
+    def _put(self, values: list[torch.Tensor]) -> None:
+        for parameter, value in zip(self.trainable, values):
+            parameter.copy_(value)
+
+    def save_live(self, path: Path) -> None:
+        """The weights that learn, beside a checkpoint that holds their average."""
+        if self.kept:
+            save_file({str(i): p.detach() for i, p in enumerate(self.trainable)}, path)
+
+    def resume(self, path: Path, step: int) -> None:
+        """Take the weights in place for the average, and those of `path` for the ones that learn."""
+        self.updates = step
+        if self.kept:
+            self.kept = [p.detach().clone() for p in self.trainable]
+            live = load_file(path)
+            self._put([live[str(i)] for i in range(len(self.trainable))])
 
 
 @dataclass(frozen=True)

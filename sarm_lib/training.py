@@ -1,7 +1,8 @@
 """Training SARM from the embeddings: batches by vectorised gathers, exact resumption, the best checkpoint by validation.
 
 Every random draw of a step comes from the stream (seed, step), in which each sample has a row of its own: a run that is
-stopped and resumed draws what an uninterrupted one does, and a larger batch begins with the samples of a smaller one. Several
+stopped and resumed draws what an uninterrupted one does, and a larger batch begins with the samples of a smaller one. What is
+validated and kept is the moving average of the weights. Several
 processes (`sarm_lib.launch`) draw the same batch of `sarm.batch_size` windows and each learns its share of it.
 """
 
@@ -29,7 +30,7 @@ from sarm_lib.live import bar
 from sarm_lib.model import Sarm, SarmSpec
 from sarm_lib.processes import share
 from sarm_lib.progress import frame_store, score
-from sarm_lib.schedule import Estimate, learning_rate
+from sarm_lib.schedule import Average, Estimate, learning_rate
 from sarm_lib.stages import Labels, drawn_out, progress
 from sarm_lib.windows import FrameStore, Windows, WindowSpec
 
@@ -300,7 +301,8 @@ def estimate(sarm: Sarm, sampler: Sampler, settings, device: str) -> Estimate:
 
 
 class Trained(NamedTuple):
-    """log: a line every `sarm.log_every` steps. last: the weights of the last step; the model itself has the best."""
+    """log: a line every `sarm.log_every` steps. last: the weights (their average) after the last step; the model itself has
+    the best."""
 
     log: list[dict[str, float]]
     last: dict[str, Tensor]
@@ -351,8 +353,8 @@ def train(
         optimizer, lambda step: learning_rate(step, settings.steps, settings.warmup_steps)
     )
     model, optimizer = accelerator.prepare(model, optimizer)
-    state = TrainingState(work)
-    step, lines, best = state.restore(sarm, optimizer, schedule) or (0, [], None)
+    state, average = TrainingState(work), Average(list(sarm.parameters()), settings.ema_decay)
+    step, lines, best = state.restore(sarm, optimizer, schedule, average) or (0, [], None)
     main = accelerator.is_main_process
     steps = bar(initial=step, total=settings.steps, desc="training SARM", unit="step", quiet=not main)
     sums: dict[str, Tensor | float] = {}
@@ -366,6 +368,7 @@ def train(
         norm = accelerator.clip_grad_norm_(model.parameters(), settings.gradient_clip)
         optimizer.step()
         schedule.step()
+        average.update()
         step += 1
         steps.update()
         for name, value in {**parts, "gradient_norm": norm}.items():
@@ -376,9 +379,10 @@ def train(
         means = {name: float(accelerator.reduce(value, "mean")) / since for name, value in sums.items()}
         line, sums = {"step": step, **means, "learning_rate": schedule.get_last_lr()[0]}, {}
         if step % settings.eval_every == 0 or step == settings.steps:
-            line |= validate(sarm)
-            if best is None or line["val_rmse"] < best[0]:
-                best = (line["val_rmse"], {k: v.detach().cpu().clone() for k, v in sarm.state_dict().items()})
+            with average.in_place():
+                line |= validate(sarm)
+                if best is None or line["val_rmse"] < best[0]:
+                    best = (line["val_rmse"], _weights(sarm))
         if not all(map(np.isfinite, line.values())):
             raise FloatingPointError(f"training diverged before step {step} ({line}): lower sarm.learning_rate")
         lines.append(line)
@@ -387,13 +391,18 @@ def train(
         if main:
             state.write_log(lines)
             if step % settings.save_every == 0 and step < settings.steps:
-                state.save(sarm, optimizer, schedule, step, lines, best)
+                state.save(sarm, optimizer, schedule, average, step, lines, best)
     steps.close()
     accelerator.end_training()
-    last = {k: v.detach().cpu().clone() for k, v in sarm.state_dict().items()}
+    with average.in_place():
+        last = _weights(sarm)
     sarm.load_state_dict(best[1])
     sarm.eval()
     return Trained(lines, last)
+
+
+def _weights(sarm: Sarm) -> dict[str, Tensor]:
+    return {name: values.detach().cpu().clone() for name, values in sarm.state_dict().items()}
 
 
 def make_accelerator(settings, device: str) -> Accelerator:
@@ -422,11 +431,12 @@ class TrainingState:
 
     folder: Path
 
-    def save(self, sarm, optimizer, schedule, step: int, lines: list, best: tuple) -> None:
+    def save(self, sarm, optimizer, schedule, average: Average, step: int, lines: list, best: tuple) -> None:
         state = {
             "model": sarm.state_dict(),
             "optimizer": optimizer.state_dict(),
             "schedule": schedule.state_dict(),
+            "average": average.kept,
             "progress": (step, lines, best),
         }
         with staged(self.folder / "training_state.pt") as partial:
@@ -436,7 +446,7 @@ class TrainingState:
         """The log so far, for whoever watches."""
         write_json_lines(self.folder / LOG, lines)
 
-    def restore(self, sarm, optimizer, schedule) -> tuple[int, list, tuple] | None:
+    def restore(self, sarm, optimizer, schedule, average: Average) -> tuple[int, list, tuple] | None:
         path = self.folder / "training_state.pt"
         if not path.exists():
             return None
@@ -444,6 +454,8 @@ class TrainingState:
         sarm.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
+        device = next(sarm.parameters()).device
+        average.kept, average.updates = [values.to(device) for values in state["average"]], state["progress"][0]
         log.info("resuming at step %d", state["progress"][0])
         return state["progress"]
 

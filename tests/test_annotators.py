@@ -214,7 +214,9 @@ def test_the_first_annotator_with_another_seed_is_a_second_opinion(demos):
 
 
 def test_a_second_opinion_that_cannot_be_had_is_a_failure_of_each_episode_and_no_error(demos, tmp_path):
-    config = configured(annotator="keyframes", second_opinion="dataset", sparse_subtasks=["go"], dense_subtasks=["go", "stop"])
+    config = configured(
+        annotator="keyframes", second_opinion="dataset", sparse_subtasks=["go"], dense_subtasks=["go", "stop"]
+    )
     second = annotators.second_from_params(config, demos)
     found, failures = annotators.run(second, demos, annotations.vocabulary(config), tmp_path)
     assert found == [] and [f.episode for f in failures] == list(range(8))

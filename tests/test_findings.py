@@ -135,3 +135,13 @@ def test_ablations_of_other_settings_are_no_comparison():
     said = findings.comparable(made, {"labels": "b", "settings": {"steps": 700}, "code": "x"})
     assert "other annotations, sarm settings than the rows below" in said
     assert "make scorecard" in findings.comparable({}, made) and "not known" in findings.comparable(made, {})
+
+
+def test_where_progress_ends():
+    up, fallen, failed = np.array([0, 0.5, 1.0]), np.array([0, 1.0, 0.9]), np.array([0, 0.4, 0.3])
+    said = findings.ends([up, fallen, failed], [True, True, False])
+    assert (
+        "the 2 episodes that succeed end at 0.95 (the lowest at 0.90), 1 of them after a fall of more than 0.05" in said
+    )
+    assert said.endswith("the 1 that fail at 0.30 (the highest at 0.30)")
+    assert "fail" not in findings.ends([up], [True]) and "no episode succeeds" in findings.ends([failed], [False])

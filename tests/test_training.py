@@ -262,6 +262,30 @@ def test_a_stopped_run_resumes_to_the_same_weights(parts, tmp_path):
         assert torch.equal(value, again.last[key]), key
 
 
+def test_what_is_validated_and_kept_is_the_average_of_the_weights(parts, tmp_path):
+    config, dataset, embeddings, labels, _, sampler = parts
+    seen = {0.0: [], 0.5: []}
+    for decay, weights in seen.items():
+        every = {"steps": 4, "log_every": 1, "eval_every": 1, "save_every": 1, "ema_decay": decay}
+        sarm = training.new_reward_model(config, dataset, embeddings, labels).sarm
+        start = sarm.state_dict()["stage_model.lang_proj.weight"].clone()
+
+        def validate(sarm, weights=weights):
+            weights.append(sarm.state_dict()["stage_model.lang_proj.weight"].clone())
+            return {"val_rmse": 1.0 / len(weights)}
+
+        settings = config.sarm.model_copy(update=every)
+        last = training.train(sarm, sampler, validate, settings, 0, "cpu", tmp_path / str(decay)).last
+        assert torch.equal(last["stage_model.lang_proj.weight"], weights[-1])
+        assert torch.equal(sarm.state_dict()["stage_model.lang_proj.weight"], weights[-1])  # the best
+    average = start
+    for step, (live, kept) in enumerate(zip(*seen.values(), strict=True), start=1):
+        decay = min(0.5, step / (step + 9))
+        average = decay * average + (1 - decay) * live
+        torch.testing.assert_close(kept, average)
+    assert not torch.equal(seen[0.0][-1], seen[0.5][-1])
+
+
 def test_training_that_diverges_stops_with_a_remedy(parts, tmp_path):
     *_, model, sampler = parts
     config = parts[0]
