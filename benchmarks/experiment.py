@@ -3,6 +3,7 @@
     python -m benchmarks.experiment [--arms bc rabc ...] [--seeds 0 1 2 3 4] [--jobs 2] [--kind test|tune] [--steps N]
     python -m benchmarks.experiment --policy multi_task_dit --arms bc rabc  # a second kind of policy
     python -m benchmarks.experiment --arms rabc_single top_k --missing      # more arms; runs that are stored stay
+    python -m benchmarks.experiment --arms rabc shuffled --anew             # these again, by other weights; other arms stay
     python -m benchmarks.experiment --film docs/rollouts.gif --seeds 0      # the first starts, by policies that are trained
 
 The same policy, data and training budget for every arm; an arm decides only how often each training frame is drawn
@@ -33,6 +34,7 @@ import multiprocessing
 import os
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 ARMS = ("bc", "rabc", "oracle", "shuffled", "success_filter", "rabc_single", "duration_filter", "top_k", "clean_only")
@@ -276,10 +278,12 @@ def film(
     charts.save_film(path, pages, len(pages) * every / 40)
 
 
-def stored(results: Path, common: dict, origins: dict[str, dict]) -> tuple[dict[str, dict[int, dict]], dict[str, dict]]:
+def stored(
+    results: Path, common: dict, origins: dict[str, dict], again: Sequence[str] = ()
+) -> tuple[dict[str, dict[int, dict]], dict[str, dict]]:
     """The runs that the results file has, by arm and seed, and what each arm was made from.
 
-    origins: of the arms that are to run. Exits where the file is of other settings or data, or an arm would be continued with
+    origins: of the arms that are to run; again: those of them whose runs are left out, as they begin anew. Exits where the file is of other settings or data, or an arm would be continued with
     other weights or code: it would be an average over what is not one thing.
     """
     if not results.exists():
@@ -288,7 +292,7 @@ def stored(results: Path, common: dict, origins: dict[str, dict]) -> tuple[dict[
     other = [key for key in common if found.get(key) != common[key]]
     other += [
         f"{key} in {arm}"
-        for arm in origins.keys() & found["arms"].keys()
+        for arm in origins.keys() & found["arms"].keys() - set(again)
         for key in origins[arm]
         if found["arms"][arm]["made_from"].get(key) != origins[arm][key]
     ]
@@ -297,6 +301,7 @@ def stored(results: Path, common: dict, origins: dict[str, dict]) -> tuple[dict[
     runs = {
         arm: {run["seed"]: run | {"succeeded": [int(s) for s in run["succeeded"]]} for run in value["runs"]}
         for arm, value in found["arms"].items()
+        if arm not in again
     }
     return runs, {**{arm: value["made_from"] for arm, value in found["arms"].items()}, **origins}
 
@@ -339,6 +344,9 @@ def main() -> None:
         "--missing", action="store_true", help="keep the runs that the results file has, and run the others"
     )
     parser.add_argument(
+        "--anew", action="store_true", help="keep the other arms of the results file, and run these again"
+    )
+    parser.add_argument(
         "--film", type=Path, help="where to put a moving picture of bc and rabc, instead of running anything"
     )
     arguments = parser.parse_args()
@@ -362,7 +370,8 @@ def main() -> None:
     # notebook 07 shows results of its own dataset alone
     common = {"settings": settings, "fingerprint": dataset.fingerprint(dataset.from_params(config).root)}
     origins = {arm: made_from(arm, config) for arm in arguments.arms}
-    runs, origins = stored(results, common, origins) if arguments.missing else ({}, origins)
+    keeps, again = arguments.missing or arguments.anew, arguments.arms if arguments.anew else ()
+    runs, origins = stored(results, common, origins, again) if keeps else ({}, origins)
     jobs = [(arm, seed) for arm, seed in jobs if seed not in runs.get(arm, {})]
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(arguments.jobs, context, end_with_parent) as pool:

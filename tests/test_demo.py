@@ -300,6 +300,11 @@ def test_the_experiment_compares_what_is_comparable_and_says_how_much_it_helped(
         assert from_what == origins | to_run and experiment.report(again, common, from_what) == found
     with pytest.raises(SystemExit, match="runs with other weights in rabc; move it away"):
         experiment.stored(file, common, {"rabc": {"weights": "b", "code": "1"}})
+    anew = {"rabc": {"weights": "b", "code": "1"}}  # begins again by other weights, and the others stay
+    others, from_what = experiment.stored(file, common, anew, ["rabc"])
+    assert set(others) == {"bc", "oracle"} and from_what == origins | anew
+    again = experiment.report(others | {"rabc": runs["oracle"]}, common, from_what)
+    assert again["arms"]["bc"] == found["arms"]["bc"] and again["arms"]["rabc"]["made_from"] == anew["rabc"]
     with pytest.raises(SystemExit, match="runs with other parameters in bc; move it away"):
         experiment.stored(file, common, {"bc": {"weights": None, "parameters": "c", "code": "1"}})
     config, other = (params.load(ROOT / "params.yaml", {"rabc.delta_frames": frames}) for frames in (8, 9))
