@@ -4,6 +4,7 @@
     state_only, images_only       one kind of input left out, zeros in its place
     single_stage                  no annotations: the clock of each episode is its target
     all_cameras                   every camera that is encoded, instead of one
+    images_only_all_cameras       and no state
     learn_given_up                τ = 1 at the end of a try that failed too
     learn_drawn_out               τ by the clock in segments with a pause or a detour too
     no_rewind                     no rewind augmentation
@@ -83,6 +84,7 @@ def rows(cameras: list[str]) -> dict[str, tuple[dict, Relabel | None]]:
         "no_repeats": ({}, no_repeats),
         "lerobot_recipe": (LEROBOT, None),
         "all_cameras": ({"base.image_keys": cameras}, None),
+        "images_only_all_cameras": ({"base.image_keys": cameras, "sarm.inputs": ["images"]}, None),
     }
 
 
