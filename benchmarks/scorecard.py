@@ -8,12 +8,13 @@
     learn_given_up                τ = 1 at the end of a try that failed too
     learn_drawn_out               τ by the clock in segments with a pause or a detour too
     no_rewind                     no rewind augmentation
-    no_repeats                    successes only, each stage once: after a failed try the first stages last longer
+    no_repeats                    each stage once, as most annotators are told, of the episodes that do the whole task
+    lerobot_augmentation          LeRobot's recipe but for what it learns: with no clock of a failed try, a pause or a detour
     lerobot_recipe                centred, one draw a batch, rewinds whose images are not their targets', padding in the loss,
                                   no average of the weights, τ learned wherever there is a clock: failed tries, pauses and detours too
 
-Every row is trained like stage 03 does it, with the seed, the steps and the size of `params.yaml`, validated on the same val
-episodes by its own targets and measured against the same references. Needs the outputs of stages 00 and 02. A row that
+Every row is trained like stage 03 does it, with the seed, the steps and the size of `params.yaml`, validated on val episodes
+by its own targets, where it learns them, and measured against the same references. Needs the outputs of stages 00 and 02. A row that
 was made from the same inputs before is kept, so that a stopped run goes on. The file says what it was made from.
 """
 
@@ -28,15 +29,14 @@ from sarm_lib import artifacts, checkpoint, dataset, encoder, lerobot_io, params
 from sarm_lib.dataset import Dataset
 from sarm_lib.stages import Labels
 
-LEROBOT = {
+LEROBOT_AUGMENTATION = {
     "sarm.window": "centred",
     "sarm.augmentation_per": "batch",
     "sarm.rewind_images": "of_lerobot",
     "sarm.loss_positions": "all",
-    "sarm.learn_given_up": True,
-    "sarm.max_relative_duration": None,
     "sarm.ema_decay": 0.0,
 }
+LEROBOT = {**LEROBOT_AUGMENTATION, "sarm.learn_given_up": True, "sarm.max_relative_duration": None}
 Relabel = Callable[[Labels, Dataset], Labels]
 
 
@@ -82,6 +82,7 @@ def rows(cameras: list[str]) -> dict[str, tuple[dict, Relabel | None]]:
         "learn_drawn_out": ({"sarm.max_relative_duration": None}, None),
         "no_rewind": ({"sarm.rewind_probability": 0.0}, None),
         "no_repeats": ({}, no_repeats),
+        "lerobot_augmentation": (LEROBOT_AUGMENTATION, None),
         "lerobot_recipe": (LEROBOT, None),
         "all_cameras": ({"base.image_keys": cameras}, None),
         "images_only_all_cameras": ({"base.image_keys": cameras, "sarm.inputs": ["images"]}, None),
@@ -116,11 +117,13 @@ def main() -> None:
         store = progress.frame_store(shown, embeddings, model)
         predicted = scorecard.predictions(model, store, test, 1, instead)
         cards[name] = scorecard.card(references, predicted)
-        values[name] = scorecard.values(references, predicted, scorecard.main_metric(cards[name]))
+        metric = scorecard.main_metric(cards[name])
+        values[name] = scorecard.values(references, predicted, metric)
         log = artifacts.read_json_lines(folder / checkpoint.LOG)
         validation[name] = round(min(line["val_rmse"] for line in log if "val_rmse" in line), 6)
         print(scorecard.table({name: cards[name]}, ["mse_truth", "stage_accuracy_dense", "retry_order"]).to_string())
-        made = {"made_from": of_sarm, "rows": cards, "values": values, "val_rmse": validation}
+        measured = {"metric": metric, "episodes": [e.index for e in test], "values": values}
+        made = {"made_from": of_sarm, "rows": cards, **measured, "val_rmse": validation}
         artifacts.write_json(path, made)
     print(f"{path.relative_to(base.paths.root)}: notebook 04 shows these rows beside its own")
 

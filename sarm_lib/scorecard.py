@@ -271,12 +271,9 @@ def values(references: Sequence[Reference], predicted: Sequence[Predicted], metr
 
 def differences(values: Mapping[str, Sequence[float]], to: str = "sarm") -> pd.DataFrame:
     """By how much the mean of each row's values, (M,) one an episode, is above that of the row `to`, with its bootstrap
-    interval over episodes: paired, so that what makes an episode hard for all rows does not blur it. Rows of other
-    episodes have none."""
-    found, episodes = {}, len(values[to])
+    interval over episodes: paired, so that what makes an episode hard for all rows does not blur it."""
+    found = {}
     for row, mine in values.items():
-        if len(mine) != episodes:  # measured when other episodes were annotated
-            continue
         gap = np.asarray(mine) - np.asarray(values[to])
         low, high = np.percentile(_mean(gap)(_drawn(len(gap))), [2.5, 97.5])
         found[row] = {"difference": gap.mean(), "low": low, "high": high}
@@ -288,15 +285,26 @@ class Ablations:
     """What `make scorecard` left."""
 
     cards: dict[str, Card] = field(default_factory=dict)
-    values: dict[str, list[float]] = field(default_factory=dict)  # a row: the main metric of each test episode
+    metric: str = ""  # the main one
+    episodes: list[int] = field(default_factory=list)  # the test episodes that it was measured on
+    values: dict[str, list[float]] = field(default_factory=dict)  # a row: the main metric of each of them
     made_from: dict = field(default_factory=dict)
+
+    def paired(self, metric: str, episodes: Sequence[Episode]) -> dict[str, list[float]]:
+        """The values of the rows, if they are of this metric and of these episodes."""
+        same = (metric, [e.index for e in episodes]) == (self.metric, self.episodes)
+        return self.values if same else {}
 
 
 def ablations(path: Path, fingerprint: str) -> Ablations:
     """The rows that `make scorecard` left, if they were made on this dataset."""
     made = read_json(path) if path.exists() else {}
     same = made.get("made_from", {}).get("fingerprint") == fingerprint
-    return Ablations(made["rows"], made["values"], made["made_from"]) if same else Ablations()
+    return (
+        Ablations(*(made[key] for key in ("rows", "metric", "episodes", "values", "made_from")))
+        if same
+        else Ablations()
+    )
 
 
 def left_out(cards: dict[str, Card]) -> list[str]:

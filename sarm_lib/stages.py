@@ -133,25 +133,33 @@ def drawn_out(labels: Labels, episodes: Sequence[Episode], factor: float) -> dic
     found = {}
     for head, stage in labels.stage.items():
         undone = labels.given_up.get(head, np.zeros(len(stage), dtype=bool))
-        segments = [
-            (e.split == "train" and not undone[rows.start], stage[rows.start], rows)
-            for e in episodes
-            if e.index in labels.annotated
-            for rows in _segments(stage[e.rows], labels.tau[head][e.rows], e.row)
-        ]
+        usual: dict[int, list[int]] = {}
+        segments = []
+        for e in episodes:
+            for rows, duration in _segments(stage[e.rows], labels.tau[head][e.rows], e.row):
+                if e.index in labels.annotated:
+                    segments.append((rows, duration))
+                    if e.split == "train" and not undone[rows.start]:
+                        usual.setdefault(stage[rows.start], []).append(duration)
+        longest = {k: factor * np.median(durations) for k, durations in usual.items()}
         found[head] = np.zeros(len(stage), dtype=bool)
-        for k in range(len(labels.stage_names[head])):
-            usual = [rows.stop - rows.start for counts, of, rows in segments if counts and of == k]
-            for _, of, rows in segments:
-                if usual and of == k:
-                    found[head][rows] = rows.stop - rows.start > factor * np.median(usual)
+        for rows, duration in segments:
+            found[head][rows] = duration > longest.get(stage[rows.start], np.inf)
     return found
 
 
-def _segments(stage: np.ndarray, tau: np.ndarray, row: int) -> list[slice]:
-    """Rows of the segments of an episode from `row` on, given its targets (T,); a gap belongs to the segment before it."""
-    edges = np.flatnonzero((np.diff(stage) != 0) | (np.diff(tau) < 0)) + 1
-    return [slice(row + a, row + b) for a, b in pairwise([0, *edges.tolist(), len(stage)])]
+def _segments(stage: np.ndarray, tau: np.ndarray, row: int) -> list[tuple[slice, int]]:
+    """Segments of an episode from `row` on, given its targets (T,): the rows that take their stage from it, and its duration.
+
+    A gap, and what follows the last segment, belongs to the segment before it and does not make it longer; nor does what
+    precedes the first one.
+    """
+    edges, found = np.flatnonzero((np.diff(stage) != 0) | (np.diff(tau) < 0)) + 1, []
+    for a, b in pairwise([0, *edges.tolist(), len(stage)]):
+        end = int((tau[a:b] >= 1).argmax())
+        start = max(int((tau[a:b] > 0).argmax()) - 1, 0)
+        found.append((slice(row + a, row + b), end - start + 1))
+    return found
 
 
 def complete_episodes(labels: Labels, episodes: Sequence[Episode]) -> set[int]:

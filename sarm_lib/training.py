@@ -249,6 +249,11 @@ def validator(dataset: Dataset, labels: Labels, sampler: Sampler) -> Callable[[S
     episodes = [episode for episode in dataset.split("val") if episode.index in labels.annotated]
     rows = annotated_rows(tuple(episodes), labels.annotated)
     ends = np.cumsum([episode.length for episode in episodes])[:-1]
+    if all(frames[rows].all() for frames in unknown.values()):
+        log.warning(
+            "no val frame has a τ that is learned (sarm.max_relative_duration, sarm.learn_given_up): validated by all of them"
+        )
+        unknown = {head: np.zeros_like(frames) for head, frames in unknown.items()}
 
     def validate(sarm: Sarm) -> dict[str, float]:
         errors, found = [], {}
