@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 from sarm_lib import live
 
 STAGE_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#F0E442")
-PREDICTED, TARGET, ACCENT = "#0072B2", "#7F7F7F", "#D55E00"
+PREDICTED, TARGET, ACCENT, TRUTH = "#0072B2", "#7F7F7F", "#D55E00", "#009E73"
 LIGHT = {"#E69F00", "#56B4E9", "#F0E442", "#CC79A7"}  # black letters on these
 WIDTH, HEIGHT = 640, 220
 MOST_POINTS = 1200  # of a curve: twice its width in pixels

@@ -99,8 +99,7 @@ def test_lerobot_refuses_what_it_cannot_express(tmp_path, options):
         SARMRewardModel.from_pretrained(tmp_path / "sarm", strict=True)
 
 
-def test_padding_and_the_future_change_nothing_before_them():
-    """Attention is causal over the flat order of streams; padded positions are seen by nobody."""
+def test_padded_positions_are_seen_by_nobody():
     ours = reward_model(spec())
     batch = windows(ours.spec, [9, 11])
     padded = batch._replace(images=torch.where(batch.valid[:, None, :, None], batch.images, 99.0))

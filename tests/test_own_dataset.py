@@ -82,8 +82,8 @@ def test_an_old_dataset_of_the_hub_is_answered_with_how_to_convert_it(monkeypatc
         dataset.open_dataset("someone/cubes")
 
 
-def test_a_reward_model_of_lerobot_s_is_measured_and_weights_frames(tmp_path, project):
-    """Chapters 04 and 05 with what `SARMRewardModel.save_pretrained` wrote."""
+def test_a_reward_model_of_lerobot_s_is_measured_and_weights_a_policy_s_frames(tmp_path, project):
+    """Chapters 04 to 06 with what `SARMRewardModel.save_pretrained` wrote."""
     from lerobot.rewards.sarm.configuration_sarm import SARMConfig
     from lerobot.rewards.sarm.modeling_sarm import SARMRewardModel
 
@@ -113,6 +113,8 @@ def test_a_reward_model_of_lerobot_s_is_measured_and_weights_frames(tmp_path, pr
         mine = phi[phi.episode_index == episode.index].progress_dense
         np.testing.assert_allclose(mine, scored["scores"][episode.index, "dense"].progress, atol=1e-5)
     assert pd.read_parquet(folder / "outputs/theirs/rabc_weights.parquet").weight.between(0, 1).all()
+    run_notebook(folder, "06_train_pi0", named)
+    assert (folder / "outputs/theirs/policy/rabc/checkpoints/last/pretrained_model/model.safetensors").exists()
     of_another_task = read_json(tmp_path / "theirs/config.json")
     of_another_task["dense_subtask_names"][0] = "push the cube"
     write_json(tmp_path / "theirs/config.json", of_another_task)

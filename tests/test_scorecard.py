@@ -219,7 +219,12 @@ def test_ablations_of_another_dataset_are_left_out(tmp_path):
         "values": {"no_rewind": [0.1]},
         "made_from": {"fingerprint": "this"},
     }
+    rows |= {"metric": "mse_truth", "episodes": [3]}
     write_json(tmp_path / "s.json", rows)
+    made = scorecard.ablations(tmp_path / "s.json", "this")
+    episodes = [Episode(i, 10, 0, 0, "test", "all") for i in (3, 4)]
+    assert made.paired("mse_truth", episodes[:1]) == {"no_rewind": [0.1]}
+    assert made.paired("mse_target_dense", episodes[:1]) == {} == made.paired("mse_truth", episodes[1:])
     assert scorecard.ablations(tmp_path / "s.json", "this").cards == rows["rows"]
     for path, fingerprint in (("s.json", "that"), ("none.json", "this")):
         assert scorecard.ablations(tmp_path / path, fingerprint) == scorecard.Ablations()
@@ -228,13 +233,13 @@ def test_ablations_of_another_dataset_are_left_out(tmp_path):
 def test_rows_are_compared_on_the_same_episodes():
     """Two rows that lie far apart in every episode differ for sure, however much the episodes themselves differ."""
     hard = np.linspace(0, 1, 40)
-    rows = {"sarm": hard, "worse": hard + 0.01, "luck": hard[::-1], "of other episodes": hard[:30]}
+    rows = {"sarm": hard, "worse": hard + 0.01, "luck": hard[::-1]}
     found = scorecard.differences(rows)
     assert list(found.index) == ["sarm", "worse", "luck"] and (found.loc["sarm"] == 0).all()
     assert found.loc["worse"].to_numpy() == pytest.approx([0.01] * 3)
     assert found.loc["luck", "low"] < 0 < found.loc["luck", "high"]
     card = {"all": {"voc": 1.0, "voc_low": 1.0, "voc_high": 1.0}}
-    table = scorecard.table(dict.fromkeys(rows, card), ["voc"], found)
+    table = scorecard.table(dict.fromkeys([*rows, "of other episodes"], card), ["voc"], found)
     assert table.difference["worse"] == "+0.0100 [+0.0100, +0.0100]" and table.difference["of other episodes"] == "–"
 
 

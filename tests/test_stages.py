@@ -130,16 +130,21 @@ def test_a_drawn_out_segment_is_known_by_what_its_subtask_usually_takes():
         ("train", "reach 11 lift 10 reach 30 lift 6"),  # lift is tried in vain, and reach takes long then
         ("val", "reach 17 lift 9"),
         ("val", "reach 16 lift 10"),
+        ("test", "reach 11 gap 20 lift 6 gap 20"),  # a gap makes no segment longer
+        ("test", "reach 11 lift 5 lift 20 gap 3 lift 5"),  # one after the other, each of its own
+        ("test", "reach 1 lift 1 gap 30"),
     ]
     # usual: 11.5 frames of reach, 6 of lift; so more than 17.25 and more than 9 are long
-    long = {(2, "lift", 10), (2, "reach", 30), (4, "lift", 10)}
+    long = {(2, "lift", 10), (2, "reach", 30), (4, "lift", 10), (6, "lift", 20)}
     episodes, targets_of, undone, expected = [], [], [], []
     for i, (split, plan) in enumerate(plans):
         shown, start, segments = plan.split(), 0, []
         for name, duration in zip(shown[::2], map(int, shown[1::2]), strict=True):
-            segments.append(Segment(name, start, start + duration - 1))
+            if name != "gap":
+                segments.append(Segment(name, start, start + duration - 1))
+                this = (i, name, duration) in long
             start += duration
-            expected += [(i, name, duration) in long] * duration
+            expected += [this] * duration  # a gap has the stage of the segment before it
         row = len(expected) - start
         episodes.append(Episode(i, start, row, row, split, "all"))
         targets_of.append(targets(tuple(segments), names["dense"], start))

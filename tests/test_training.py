@@ -51,6 +51,12 @@ def test_each_sample_draws_its_own_augmentation_and_carries_its_own_task(parts):
     tasks = embeddings.tasks[dataset.frames.task_index.to_numpy()[batch.rows[:, 0]]]
     told = (batch.windows.text.numpy() == tasks).all(1)
     assert 0.4 < told.mean() < 0.6 and 0.4 < batch.given.float().mean() < 0.6
+    assert len(np.unique(batch.windows.text.numpy()[~told], axis=0)) > 20  # wrong texts of their own
+    steps = batch.windows.lengths.numpy() - sampler.spec.window.length
+    room = sampler.spec.window.rewind_room(
+        batch.rows[:, : sampler.spec.window.length] - sampler.store.start[batch.rows[:, :1]]
+    )
+    assert 0.4 < (steps[room > 0] > 0).mean() < 0.6 and len(np.unique(steps)) > 2
     assert (batch.tau["sparse"].numpy()[~told] == 0).all(), "another text than the task's must mean no progress"
     assert (batch.tau["sparse"].numpy()[told] > 0).any()
 
@@ -107,9 +113,9 @@ def test_the_progress_of_a_drawn_out_segment_is_neither_learned_nor_validated(pa
     (long, *_), (held_out, *_) = dataset.split("train"), dataset.split("val")
     for episode in (long, held_out):  # the first subtask takes all but the last two frames
         for head, names in labels.stage_names.items():
-            last = len(names) - 1
-            stage[head][episode.rows], tau[head][episode.rows] = 0, np.linspace(0, 1, episode.length)
-            stage[head][episode.row + episode.length - 2 : episode.row + episode.length] = last
+            first = np.linspace(0, 1, episode.length - 2)
+            stage[head][episode.rows] = [0] * len(first) + [len(names) - 1] * 2
+            tau[head][episode.rows] = [*first, 0, 1]
     slow = replace(labels, stage=stage, tau=tau)
     unknown = training.unknown_tau(slow, dataset, config.sarm)["dense"]
     assert set(dataset.frames.episode_index[unknown]) == {long.index, held_out.index}
@@ -260,6 +266,15 @@ def test_a_stopped_run_resumes_to_the_same_weights(parts, tmp_path):
         assert torch.equal(value, resumed[key]), key
     for key, value in trained.last.items():
         assert torch.equal(value, again.last[key]), key
+
+
+def test_where_every_clock_of_the_val_episodes_is_masked_they_count_all_the_same(parts, caplog):
+    *_, dataset, _, labels, model, sampler = parts
+    expected = training.validator(dataset, labels, sampler)(model.sarm)
+    sampler.unknown = {head: np.ones(len(tau), dtype=bool) for head, tau in labels.tau.items()}
+    with caplog.at_level("WARNING"):
+        found = training.validator(dataset, labels, sampler)(model.sarm)
+    assert found == expected and "no val frame has a τ that is learned" in caplog.text
 
 
 def test_what_is_validated_and_kept_is_the_average_of_the_weights(parts, tmp_path):

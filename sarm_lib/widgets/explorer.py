@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from sarm_lib import charts
-from sarm_lib.charts import ACCENT, PREDICTED, STAGE_COLOURS, TARGET
+from sarm_lib.charts import ACCENT, PREDICTED, STAGE_COLOURS, TARGET, TRUTH
 from sarm_lib.dataset import Dataset, Episode, vector_names
 from sarm_lib.progress import Scores
 from sarm_lib.rabc import RabcWeights
@@ -177,24 +177,35 @@ def of_scores(
     head: str,
     order: list[int] | None = None,
     reasons: dict[int, str] | None = None,
+    truth: dict[int, np.ndarray] | None = None,
 ) -> Explorer:
-    """Scored episodes of one head: progress and target, the stage probabilities where there are several stages, actions."""
+    """Scored episodes of one head: progress and target, the stage probabilities where there are several stages, actions.
+
+    truth: of an episode, the progress (T,) that a simulator knows, to be drawn beside them.
+    """
     scored = sorted(i for i, of in scores if of == head)
     missing = sorted(set(order or ()) - set(scored))
     if missing:
         raise ValueError(f"order: episodes {missing} have no {head} scores")
 
     def panels(episode: Episode) -> list[Panel]:
-        return [*_of_scores(episode, scores[episode.index, head], labels, head), actions(dataset, episode)]
+        known = (truth or {}).get(episode.index)
+        return [*_of_scores(episode, scores[episode.index, head], labels, head, known), actions(dataset, episode)]
 
     return Explorer(dataset, panels, order=scored if order is None else order, reasons=reasons)
 
 
-def _of_scores(episode: Episode, scores: Scores, labels: Labels, head: str) -> list[Panel]:
-    curves, dashed = {"predicted": scores.progress}, ()
+def _of_scores(
+    episode: Episode, scores: Scores, labels: Labels, head: str, truth: np.ndarray | None = None
+) -> list[Panel]:
+    curves, colours, dashed = {"predicted": scores.progress}, [PREDICTED], ()
     if episode.index in labels.annotated:
-        curves, dashed = curves | {"target": labels.progress(episode, head)}, ("target",)
-    found = [Panel("progress φ", curves, colours=[PREDICTED, TARGET][: len(curves)], dashed=dashed)]
+        curves["target"], dashed = labels.progress(episode, head), ("target",)
+        colours.append(TARGET)
+    if truth is not None:
+        curves["truth"] = truth
+        colours.append(TRUTH)
+    found = [Panel("progress φ", curves, colours=colours, dashed=dashed)]
     if len(names := labels.stage_names[head]) > 1:
         found.append(Panel("stage probability", dict(zip(names, scores.probabilities.T, strict=True)), "areas"))
     return found
@@ -247,9 +258,17 @@ def save_film(
 
 
 def picture(
-    dataset: Dataset, episode: Episode, scores: Scores, labels: Labels, head: str, count: int = 8
+    dataset: Dataset,
+    episode: Episode,
+    scores: Scores,
+    labels: Labels,
+    head: str,
+    truth: np.ndarray | None = None,
+    count: int = 8,
 ) -> Image.Image:
     """The same as a still: `count` frames of an episode with the progress that is seen in them, over its curves."""
     frames = np.linspace(0, episode.length - 1, count).astype(int)
     said = [f"{frame / dataset.fps:.2f} s: {scores.progress[frame]:.2f}" for frame in frames]
-    return still(dataset, episode, _of_scores(episode, scores, labels, head), said, f"{episode.title}, {head} head")
+    return still(
+        dataset, episode, _of_scores(episode, scores, labels, head, truth), said, f"{episode.title}, {head} head"
+    )
