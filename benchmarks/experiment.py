@@ -283,8 +283,9 @@ def stored(
 ) -> tuple[dict[str, dict[int, dict]], dict[str, dict]]:
     """The runs that the results file has, by arm and seed, and what each arm was made from.
 
-    origins: of the arms that are to run; again: those of them whose runs are left out, as they begin anew. Exits where the file is of other settings or data, or an arm would be continued with
-    other weights or code: it would be an average over what is not one thing.
+    origins: of the arms that are to run; again: those of them whose runs are left out, as they begin anew. Exits where the
+    file is of other settings or data, or an arm would be continued with other weights or code: it would be an average over
+    what is not one thing.
     """
     if not results.exists():
         return {}, origins

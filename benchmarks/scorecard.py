@@ -14,8 +14,8 @@
                                   no average of the weights, τ learned wherever there is a clock: failed tries, pauses and detours too
 
 Every row is trained like stage 03 does it, with the seed, the steps and the size of `params.yaml`, validated on val episodes
-by its own targets, where it learns them, and measured against the same references. Needs the outputs of stages 00 and 02. A row that
-was made from the same inputs before is kept, so that a stopped run goes on. The file says what it was made from.
+by its own targets, where it learns them, and measured against the same references. Needs the outputs of stages 00 and 02. A
+row that was made from the same inputs before is kept, so that a stopped run goes on. The file says what it was made from.
 """
 
 import logging
