@@ -22,6 +22,7 @@ FLICKERS = (0.1, 0.125, FLICKER)  # what counts as a retry hangs on it, so figur
 
 SCORED = {"val": ("val",), "test": ("test",), "val and test": ("val", "test")}  # splits that a truth is compared with
 
+OTHERS = 0.1  # what a second opinion or an unlikely duration counts in `suspicion`, beside an annotator's own doubts
 BY_HAND = ("manual", "corrected")  # annotators that are people
 
 Segments = tuple[Segment, ...]
@@ -203,9 +204,10 @@ def suspicion(
 ) -> pd.DataFrame:
     """Episodes by how much they need a look, worst first: `score` and `why`, indexed by episode.
 
-    The score adds what speaks against an annotation, each in [0, 1]: doubt about its least certain boundary, share of
-    frames that a second opinion labels otherwise times how far that is `trusted` (a head: `trust`), and half for each
-    finding of `annotations.doubts`. What a person marked, corrected or `accepted` scores 0.
+    The score adds what speaks against an annotation. What its annotator itself is unsure of comes first: doubt about its
+    least certain boundary, and the share of its frames that look like another subtask. What others say counts a tenth: the
+    share of frames that a second opinion labels otherwise times how far that is `trusted` (a head: `trust`), and half for
+    each finding of `annotations.doubts`. What a person marked, corrected or `accepted` scores 0.
     """
     opinions, rows = {a.episode: a for a in second}, []
     for annotation in annotations:
@@ -222,6 +224,14 @@ def suspicion(
                         f"{head} {segment.subtask!r} from frame {segment.start}: confidence {min(values):.2f}",
                     )
                 )
+        for head, values in (annotation.doubt or {}).items():
+            segments = annotation.head(head)
+            frames = np.array(values) * [s.end - s.start + 1 for s in segments]
+            share = float(frames.sum() / annotation.length)
+            if share > 0.05:
+                worst = segments[int(frames.argmax())]
+                text = f"{head}: {share:.0%} of the frames look like another subtask, most of them in {worst.subtask!r}"
+                why.append((share, f"{text} from frame {worst.start}"))
         other = opinions.get(annotation.episode)
         for head, names in vocabulary.items():
             if other and other.head(head) and annotation.head(head):
@@ -229,14 +239,22 @@ def suspicion(
                 share = float((labels[0] != labels[1]).mean())
                 if share > 0.05 and trusted[head]:
                     text = f"{head}: {other.annotator} sees {share:.0%} of the frames otherwise"
-                    why.append((trusted[head] * share, text))
+                    why.append((OTHERS * trusted[head] * share, text))
         why += [
-            (0.5, f"{d.head} {d.subtask!r}, {d.rule}: {d.message}") for d in doubts if d.episode == annotation.episode
+            (OTHERS / 2, f"{d.head} {d.subtask!r}, {d.rule}: {d.message}") for d in doubts if d.episode == annotation.episode
         ]
         score = sum(value for value, _ in why)
         rows.append((annotation.episode, round(score, 3), "; ".join(text for _, text in sorted(why, reverse=True))))
     table = pd.DataFrame(rows, columns=["episode", "score", "why"]).set_index("episode")
     return table.sort_values("score", ascending=False, kind="stable")
+
+
+def found_early(score: pd.Series, wrong: pd.Series, share: float = 0.1) -> dict[str, float | int]:
+    """Of the episodes of `wrong` (their wrong frames, by episode), that `share` which `score` finds most suspicious: how
+    many `episodes` they are, of how many, and which share of all the wrong frames is theirs (`errors`)."""
+    looked = max(1, round(share * len(wrong)))
+    first = score.loc[wrong.index].sort_values(ascending=False, kind="stable").index[:looked]
+    return {"episodes": looked, "of": len(wrong), "errors": round(float(wrong[first].sum() / max(wrong.sum(), 1)), 4)}
 
 
 def confusion_table(comparisons: list[Comparison], names: list[str]) -> pd.DataFrame:

@@ -46,6 +46,7 @@ class Annotation:
 
     confidence: a head's probability, one value a segment, that its start lies within a few frames of where it is;
     None where the annotator has none. provenance: what made it (model, prompt, raw answer, seed), JSON values.
+    doubt: likewise, the mean probability that a frame of the segment shows another subtask, each frame taken by itself.
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -57,6 +58,7 @@ class Annotation:
     dense: tuple[Segment, ...] | None
     confidence: dict[str, tuple[float, ...]] | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
+    doubt: dict[str, tuple[float, ...]] | None = None
 
     def head(self, name: str) -> tuple[Segment, ...] | None:
         return self.sparse if name == "sparse" else self.dense
@@ -150,13 +152,13 @@ def violations(annotation: Annotation, vocabulary: dict[str, list[str]]) -> list
             broken(
                 "coverage", f"only {covered} of {length} frames lie in a segment, at least {MIN_COVERAGE:.0%} have to"
             )
-    confidence = annotation.confidence or {}
-    for head, values in confidence.items():
-        if head not in vocabulary:
-            text = f"is of no head; the annotation mode has {' and '.join(vocabulary)}"
-            found.append(Finding(annotation.episode, head, "", "confidence", text))
-        elif len(values) != len(annotation.head(head) or ()) or not all(0 <= value <= 1 for value in values):
-            found.append(Finding(annotation.episode, head, "", "confidence", "needs one value in [0, 1] a segment"))
+    for rule, of_heads in (("confidence", annotation.confidence), ("doubt", annotation.doubt)):
+        for head, values in (of_heads or {}).items():
+            if head not in vocabulary:
+                text = f"is of no head; the annotation mode has {' and '.join(vocabulary)}"
+                found.append(Finding(annotation.episode, head, "", rule, text))
+            elif len(values) != len(annotation.head(head) or ()) or not all(0 <= value <= 1 for value in values):
+                found.append(Finding(annotation.episode, head, "", rule, "needs one value in [0, 1] a segment"))
     return found
 
 

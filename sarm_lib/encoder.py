@@ -68,10 +68,17 @@ class Encoder:
         """A name for weights, preprocessing and tokenizer, whatever folder they lie in."""
         return folder_digest(self.path) or digest(self.path, self.model.config._commit_hash)
 
-    @torch.inference_mode()
     def images(self, images: np.ndarray) -> Tensor:
         """Embed (B, H, W, 3) uint8 images: (B, E) float32 on the CPU."""
-        pixels = self.processor(images=torch.from_numpy(images).permute(0, 3, 1, 2), return_tensors="pt").pixel_values
+        return self.embed(self.pixels(images))
+
+    def pixels(self, images: np.ndarray) -> Tensor:
+        """(B, H, W, 3) uint8 images as the model sees them: resized, cropped and normalised, (B, 3, S, S) on the CPU."""
+        return self.processor(images=torch.from_numpy(images).permute(0, 3, 1, 2), return_tensors="pt").pixel_values
+
+    @torch.inference_mode()
+    def embed(self, pixels: Tensor) -> Tensor:
+        """Embed `pixels` (B, 3, S, S): (B, E) float32 on the CPU."""
         return _pooled(self.model.get_image_features(pixels.to(self.device, self.dtype))).float().cpu()
 
     @torch.inference_mode()
@@ -171,12 +178,7 @@ def ensure_embeddings(folder: Path, params, dataset: Dataset, encoder: Encoder) 
     content = {key: [dataset.content(episode, key) for episode in dataset.episodes] for key in cameras}
     pairs = ((shown, (key, e)) for key in cameras for e, shown in zip(dataset.episodes, content[key], strict=True))
     todo = [(shown, *where) for shown, where in dict(pairs).items() if shown not in known]  # what is shown twice, once
-    mine = todo[processes.process_index :: processes.num_processes]
-    encoded = bar(total=sum(episode.length for *_, episode in mine), desc="encoding", unit="frame")
-    for shown, key, episode in mine:
-        _encode_episode(dataset, key, episode, encoder, work / f"{shown}.npy", settings)
-        encoded.update(episode.length)
-    encoded.close()
+    _encode(dataset, todo[processes.process_index :: processes.num_processes], encoder, work, settings)
     processes.wait_for_everyone()
     if processes.is_main_process:
         with staged(folder) as partial:
@@ -246,15 +248,28 @@ def _known_episodes(folder: Path, encoding: dict) -> dict[str, np.ndarray]:
     return known
 
 
-def _encode_episode(dataset: Dataset, key: str, episode: Episode, encoder: Encoder, path: Path, settings) -> None:
-    """Embeddings (T, E) of an episode into `path`, unless a stopped run left them. Decodes ahead of the encoder."""
-    if path.exists():
-        return
-    images = ahead((image for _, image in dataset.iterate_frames(key, (episode,))), 2 * settings.encode_batch_size)
-    # Batches end with their episode, so that an embedding is the same to the bit whichever process makes it, and when.
-    found = [encoder.images(np.stack(batch)).numpy() for batch in batched(images, settings.encode_batch_size)]
-    with staged(path) as partial, partial.open("wb") as file:
-        np.save(file, np.concatenate(found).astype(settings.store_dtype))
+def _encode(dataset: Dataset, todo: list[tuple[str, str, Episode]], encoder: Encoder, work: Path, settings) -> None:
+    """Embeddings (T, E) of every episode and camera of `todo` into a file of `work` that is named after what it shows,
+    unless a stopped run left it. A thread decodes and resizes ahead of the encoder, also from one episode to the next."""
+    size, left = settings.encode_batch_size, [row for row in todo if not (work / f"{row[0]}.npy").exists()]
+
+    def batches() -> Iterator[tuple[str, Tensor, bool]]:
+        # Batches end with their episode, so that an embedding is the same to the bit whichever process makes it, and when.
+        for shown, key, episode in left:
+            images = (image for _, image in dataset.iterate_frames(key, (episode,)))
+            for number, batch in enumerate(batched(images, size), start=1):
+                yield shown, encoder.pixels(np.stack(batch)), number * size >= episode.length
+
+    frames, found = sum(episode.length for *_, episode in todo), []
+    before = frames - sum(episode.length for *_, episode in left)
+    with bar(total=frames, initial=before, desc="encoding", unit="frame") as encoded:
+        for shown, pixels, last in ahead(batches(), 2):
+            found.append(encoder.embed(pixels).numpy())
+            encoded.update(len(pixels))
+            if last:
+                with staged(work / f"{shown}.npy") as partial, partial.open("wb") as file:
+                    np.save(file, np.concatenate(found).astype(settings.store_dtype))
+                found = []
 
 
 def ahead[T](items: Iterator[T], count: int) -> Iterator[T]:

@@ -98,16 +98,18 @@ def comparable(rows: Mapping, row: Mapping) -> str:
     return f"`sarm` was trained with other {', '.join(other)} than the rows below: `make scorecard`" if other else ""
 
 
-def suspicion(correlation: float | None) -> str:
-    """Of the rank correlation of suspicion with the share of frames that are wrong: may one rely on it?"""
-    if correlation is None:
-        return "rank correlation: there is nothing to compare with"
+def suspicion(found: Mapping[str, float] | None) -> str:
+    """Of `agreement.found_early`: may one rely on suspicion?"""
+    if found is None:
+        return "there is nothing to compare with, or nothing wrong"
+    looked = found["episodes"] / found["of"]
     helps = (
-        "the suspicious are worth a look first"
-        if correlation >= 0.3
-        else "too little to rely on: look by kind of episode"
+        "look at the suspicious first"
+        if found["errors"] >= 2 * looked
+        else "too few to rely on: look by kind of episode"
     )
-    return f"rank correlation: {correlation}: {helps}"
+    held = f"the {found['episodes']} most suspicious of {found['of']} episodes ({looked:.0%}) hold {found['errors']:.0%}"
+    return f"{held} of the frames that are wrong: {helps}"
 
 
 def soft_weights(weight: np.ndarray) -> str:

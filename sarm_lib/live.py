@@ -13,7 +13,7 @@ from tqdm.auto import tqdm as drawn_in_place
 HEADLESS = "SARM_HEADLESS"  # set for the kernels of stages
 SECONDS, SHARE = 10, 20  # lines of a log are at least so far apart, and one is written for every 1/20 of the work
 LINES = re.compile(r"^.*: \d+% \(.* of .*\), .* passed, .* left.*\n?", re.MULTILINE)
-LINE = "{desc}: {percentage:.0f}% ({n_fmt} of {total_fmt} {unit}s), {elapsed} passed, {remaining} left{postfix}"
+LINE = "{desc}: {percentage:.0f}% ({n_fmt} of {total_fmt} {unit}s), {elapsed} passed, {remaining} left, {rate_fmt}{postfix}"
 
 
 def watched() -> bool:

@@ -59,6 +59,7 @@ def test_what_the_annotation_mode_does_not_have_and_negative_episodes_are_refuse
         "nonsense, confidence: is of no head": replace(good, confidence={"nonsense": (0.5, 0.5)}),
         "dense, confidence: is of no head": replace(good, confidence={"dense": ()}),
         "sparse, confidence: needs one value": replace(good, confidence={"sparse": (0.5,)}),
+        "sparse, doubt: needs one value": replace(good, doubt={"sparse": (0.5,)}),
         "bounds: episodes are numbered from 0": replace(good, episode=-5),
     }
     for message, bad in broken.items():
@@ -107,9 +108,12 @@ near = st.fixed_dictionaries(
         "dense": st.none() | st.lists(segment, max_size=2) | junk,
     },
     optional={
-        "confidence": st.none()
+        key: st.none()
         | st.dictionaries(st.sampled_from(["sparse", "dense", "nonsense"]), st.lists(st.floats(-1, 2), max_size=4))
-        | junk,
+        | junk
+        for key in ("confidence", "doubt")
+    }
+    | {
         "more": junk,
     },
 )
@@ -128,7 +132,7 @@ def test_whatever_a_file_holds_it_is_refused_or_valid(text):
     assert {s.subtask for s in read.sparse} <= set(NAMES["sparse"])
     assert sum(s.end - s.start + 1 for s in read.sparse) >= 16 and read.length == 20
     assert read.episode >= 0 and read.dense is None
-    for head, values in (read.confidence or {}).items():
+    for head, values in (*(read.confidence or {}).items(), *(read.doubt or {}).items()):
         assert head == "sparse" and len(values) == len(read.sparse) and all(0 <= v <= 1 for v in values)
 
 

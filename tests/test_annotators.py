@@ -363,6 +363,8 @@ def test_propagate_carries_marks_finds_the_retry_and_knows_its_doubts():
     assert result["retries"] == 2 and result["retry_recall"] == 1.0 and result["retry_precision"] == 1.0
     sure = [c for a in others for c in a.confidence["dense"]]
     assert min(sure) >= 0 and max(sure) <= 1 and np.median(sure) > 0.8
+    doubts = [d for a in others for d in a.doubt["dense"]]
+    assert min(doubts) >= 0 and max(doubts) <= 1 and np.median(doubts) < 0.2
     again = list(propagate.PropagateAnnotator(made, embeddings, marks, names, seed=0).annotate(made.episodes))
     assert again == found
 

@@ -37,15 +37,15 @@ def encode(overrides=None):
 
 def count(monkeypatch, after=None):
     """Counts the frames that are encoded; stops like a killed run `after` so many."""
-    seen, real = [], encoder.Encoder.images
+    seen, real = [], encoder.Encoder.embed
 
-    def images(self, batch):
-        seen.extend(batch)
+    def embed(self, pixels):
+        seen.extend(pixels)
         if after is not None and len(seen) > after:
             raise KeyboardInterrupt
-        return real(self, batch)
+        return real(self, pixels)
 
-    monkeypatch.setattr(encoder.Encoder, "images", images)
+    monkeypatch.setattr(encoder.Encoder, "embed", embed)
     return seen
 
 
@@ -190,17 +190,22 @@ def test_frames_are_fetched_before_they_are_asked_for():
 
 
 @pytest.mark.usefixtures("fresh")
-def test_a_thread_of_its_own_decodes(monkeypatch):
-    threads, iterate = set(), datasets.Dataset.iterate_frames
+def test_a_thread_of_its_own_decodes_and_resizes(monkeypatch):
+    threads, iterate, resize = set(), datasets.Dataset.iterate_frames, encoder.Encoder.pixels
 
     def noted(self, *arguments):
         for frame in iterate(self, *arguments):
             threads.add(threading.current_thread())
             yield frame
 
+    def resized(self, images):
+        threads.add(threading.current_thread())
+        return resize(self, images)
+
     monkeypatch.setattr(datasets.Dataset, "iterate_frames", noted)
+    monkeypatch.setattr(encoder.Encoder, "pixels", resized)
     encode()
-    assert threads and threading.main_thread() not in threads
+    assert len(threads) == 1 and threading.main_thread() not in threads
 
 
 def test_a_process_takes_its_own_gpu(monkeypatch):

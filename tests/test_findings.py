@@ -27,7 +27,9 @@ def test_highest_and_lowest_of_named_values():
 
 
 def test_suspicion_that_finds_nothing_says_so():
-    assert "look by kind" in findings.suspicion(-0.03) and "look first" in findings.suspicion(0.6)
+    few, many = ({"episodes": 6, "of": 60, "errors": share} for share in (0.12, 0.5))
+    assert "hold 12% of the frames" in findings.suspicion(few) and "look by kind" in findings.suspicion(few)
+    assert "(10%) hold 50%" in findings.suspicion(many) and "suspicious first" in findings.suspicion(many)
     assert "nothing to compare" in findings.suspicion(None)
 
 

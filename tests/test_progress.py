@@ -97,7 +97,7 @@ def test_embeddings_are_the_encoder_s_and_are_made_once(parts, monkeypatch):
     images = dataset.read_frames(episode, dataset.image_keys[0], range(episode.length))
     stored = embeddings.cameras[dataset.image_keys[0]][episode.rows]
     np.testing.assert_allclose(stored, clip.images(images).numpy(), atol=1e-5)
-    monkeypatch.setattr(encoder.Encoder, "images", lambda *_: pytest.fail("encoded again"))
+    monkeypatch.setattr(encoder.Encoder, "embed", lambda *_: pytest.fail("encoded again"))
     encoder.ensure_embeddings(config.paths.read("embeddings", "00"), config, dataset, clip)
 
 

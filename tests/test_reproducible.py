@@ -34,7 +34,7 @@ def test_running_a_notebook_again_changes_nothing_and_trains_nothing(project, tm
     from sarm_lib import encoder, policy, training
 
     copy = shutil.copytree(project, tmp_path / "p", symlinks=True)
-    for module, name in ((training, "train"), (policy.WeightedLoss, "forward"), (encoder.Encoder, "images")):
+    for module, name in ((training, "train"), (policy.WeightedLoss, "forward"), (encoder.Encoder, "embed")):
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("made again"))
     run_chapters(copy)
     assert digests(project) == digests(copy)

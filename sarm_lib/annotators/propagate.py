@@ -6,7 +6,8 @@ transitions are counted in the marks. Both heads are decoded together, as pairs 
 that they never contradict each other.
 
 Each boundary carries a confidence: the probability, by the same model, that it lies within `WITHIN` seconds of where it
-is put. Check the doubtful ones, mark one or two of them, and run again.
+is put; each segment a doubt: how far the network took its frames for something else, before the order of subtasks was
+imposed on it. Check the doubtful ones, mark one or two of them, and run again.
 """
 
 from collections.abc import Iterator, Sequence
@@ -87,8 +88,8 @@ class PropagateAnnotator:
                 yield marked[episode.index]
             else:
                 with one_thread():
-                    evidence = SHARPNESS * predict(ensemble, features[episode.rows])
-                yield self._decode(episode, evidence, model, states)
+                    probability = predict(ensemble, features[episode.rows])
+                yield self._decode(episode, probability, model, states)
 
     def _features(self) -> np.ndarray:
         """(N, D) float32: principal components of the embeddings, states, and how the states change."""
@@ -106,16 +107,22 @@ class PropagateAnnotator:
         states = sorted({pair for pairs in names.values() for pair in pairs})
         return {e: np.array([states.index(pair) for pair in pairs]) for e, pairs in names.items()}, states
 
-    def _decode(self, episode: Episode, log_likelihood: np.ndarray, model: Chain, states: list[tuple]) -> Annotation:
-        path, begin = best_path(log_likelihood, model), entries(log_likelihood, model)
+    def _decode(self, episode: Episode, probability: np.ndarray, model: Chain, states: list[tuple]) -> Annotation:
+        """The annotation that a chain of `states` makes of the probabilities (T, K) of each frame by itself."""
+        evidence = SHARPNESS * np.log(probability)
+        path, begin = best_path(evidence, model), entries(evidence, model)
         reach = max(1, round(WITHIN * self.dataset.fps))
-        segments, confidence = {}, {}
+        segments, confidence, doubt = {}, {}, {}
         for i, head in enumerate(self.heads):
             names = self.names[head]
             of_state = np.array([names.index(state[i]) for state in states])
             segments[head] = segments_of(of_state[path], names, shortest=max(2, reach // 2))
             confidence[head] = tuple(
                 1.0 if s.start == 0 else _probability(begin, of_state == names.index(s.subtask), s.start, reach)
+                for s in segments[head]
+            )
+            doubt[head] = tuple(
+                round(float(probability[s.start : s.end + 1, of_state != names.index(s.subtask)].sum(1).mean()), 4)
                 for s in segments[head]
             )
         return Annotation(
@@ -126,6 +133,7 @@ class PropagateAnnotator:
             segments.get("dense"),
             confidence,
             {"marks": [mark.episode for mark in self.marks]},
+            doubt,
         )
 
 
@@ -216,11 +224,10 @@ def train(examples: list[tuple[np.ndarray, np.ndarray]], states: int, seed: int)
 
 @torch.no_grad()
 def predict(ensemble: list[TemporalNet], features: np.ndarray) -> np.ndarray:
-    """Log of the members' mean probabilities, (T, K)."""
+    """The members' mean probabilities, (T, K) float64."""
     x = torch.from_numpy(features.T.copy())[None]
     valid = torch.ones(1, 1, x.shape[-1])
-    probability = torch.stack([net(x, valid)[0].softmax(0) for net in ensemble]).mean(0)
-    return probability.T.log().double().numpy()
+    return torch.stack([net(x, valid)[0].softmax(0) for net in ensemble]).mean(0).T.double().numpy()
 
 
 def _names_of_frames(mark: Annotation, heads: Sequence[str]) -> list[tuple[str, ...]]:
