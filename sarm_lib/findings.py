@@ -108,7 +108,9 @@ def suspicion(found: Mapping[str, float] | None) -> str:
         if found["errors"] >= 2 * looked
         else "too few to rely on: look by kind of episode"
     )
-    held = f"the {found['episodes']} most suspicious of {found['of']} episodes ({looked:.0%}) hold {found['errors']:.0%}"
+    held = (
+        f"the {found['episodes']} most suspicious of {found['of']} episodes ({looked:.0%}) hold {found['errors']:.0%}"
+    )
     return f"{held} of the frames that are wrong: {helps}"
 
 
