@@ -70,11 +70,11 @@ def no_repeats(labels: Labels, demos: Dataset) -> Labels:
     return replace(labels, stage=stage, tau=tau, proportions=proportions, annotated=kept, given_up={})
 
 
-def rows(cameras: list[str]) -> dict[str, tuple[dict, Relabel | None]]:
-    """What differs from `params.yaml`, and from the labels, by row."""
+def rows(cameras: list[str], window: str) -> dict[str, tuple[dict, Relabel | None]]:
+    """What differs from `params.yaml`, whose `sarm.window` is `window`, and from the labels, by row."""
+    other = "centred" if window == "past" else "past"
     return {
-        "window_past": ({"sarm.window": "past"}, None),
-        "window_centred": ({"sarm.window": "centred"}, None),
+        f"window_{other}": ({"sarm.window": other}, None),
         "state_only": ({"sarm.inputs": ["state"]}, None),
         "images_only": ({"sarm.inputs": ["images"]}, None),
         "single_stage": ({"base.annotation_mode": "single_stage", "rabc.head_mode": "sparse"}, single_stage),
@@ -103,7 +103,7 @@ def main() -> None:
     cards, values, validation, path = {}, {}, {}, base.paths.root / "benchmarks/scorecard.json"
     of_sarm = training.provenance(base, demos, embeddings, labels)
     of_sarm = {key: of_sarm[key] for key in ("fingerprint", "labels", "settings", "image_keys", "seed", "code")}
-    for name, (overrides, relabel) in rows(list(embeddings.cameras)).items():
+    for name, (overrides, relabel) in rows(list(embeddings.cameras), base.sarm.window).items():
         config = params.load("params.yaml", overrides)
         shown = dataset.from_params(config)
         mine = relabel(labels, shown) if relabel else labels

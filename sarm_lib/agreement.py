@@ -23,8 +23,13 @@ FLICKERS = (0.1, 0.125, FLICKER)  # what counts as a retry hangs on it, so figur
 SCORED = {"val": ("val",), "test": ("test",), "val and test": ("val", "test")}  # splits that a truth is compared with
 
 OTHERS = 0.1  # what a second opinion or an unlikely duration counts in `suspicion`, beside an annotator's own doubts
-ABOUT_FRAMES = ["episodes", "missing", "frame_agreement", "segment_iou"]  # columns of `summary`; one table would be too wide
-ABOUT_BOUNDARIES = ["boundary_error_frames", "boundary_error_seconds", "boundary_error_p90_frames"]
+ABOUT_FRAMES = [
+    "episodes",
+    "missing",
+    "frame_agreement",
+    "segment_iou",
+]  # columns of `summary`; one table would be too wide
+ABOUT_BOUNDARIES = ["boundary_error_frames", "boundary_error_p90_frames"]
 ABOUT_BOUNDARIES += ["boundaries_missed", "boundaries_extra", "retries", "retry_recall", "retry_precision"]
 
 BY_HAND = ("manual", "corrected")  # annotators that are people

@@ -347,6 +347,33 @@ def scorecard(figures: dict[str, dict[str, float]], metric: str, title: str) -> 
     ).properties(width=WIDTH, height=26 * len(table))
 
 
+def differences(table: pd.DataFrame, measure: str, title: str) -> alt.LayerChart:
+    """By how much rows lie above another one (`difference`, `low`, `high` of each), on a scale on which a tenth of the largest
+    is still seen, the largest first."""
+    table = table.sort_values("difference", ascending=False).rename_axis("name").reset_index()
+    nearest = table.difference.abs()[table.difference != 0].min() if table.difference.any() else 1.0
+    scale = alt.Scale(type="symlog", constant=float(nearest), nice=True)
+    base = alt.Chart(table, title=title).encode(
+        y=alt.Y("name:N", title=None, sort=table.name.tolist(), axis=alt.Axis(labelLimit=200))
+    )
+    x = alt.X(
+        "low:Q", title=f"difference of {measure}", scale=scale, axis=alt.Axis(format="+~g", values=_symlog_ticks(table))
+    )
+    zero = alt.Chart(pd.DataFrame({"at": [0.0]})).mark_rule(strokeDash=[4, 4]).encode(x=alt.X("at:Q", scale=scale))
+    bars = base.mark_rule(strokeWidth=2, color=TARGET).encode(x=x, x2="high:Q")
+    points = base.mark_point(filled=True, size=70, color=PREDICTED, opacity=1).encode(
+        x=alt.X("difference:Q", scale=scale)
+    )
+    return (zero + bars + points).properties(width=WIDTH, height=26 * len(table))
+
+
+def _symlog_ticks(table: pd.DataFrame) -> list[float]:
+    """0, and powers of ten as far as the intervals go, to both sides."""
+    most = max(float(table[["low", "high"]].abs().max().max()), 1e-12)
+    powers = [10.0**p for p in range(int(np.floor(np.log10(most))) - 2, int(np.floor(np.log10(most))) + 1)]
+    return [-p for p in powers if -p >= table.low.min()] + [0.0, *powers]
+
+
 def policy_curve(curve: pd.DataFrame) -> alt.Chart:
     """Training loss over `step` by `arm`; any number of steps."""
     arms = list(dict.fromkeys(curve.arm))

@@ -40,16 +40,17 @@ def warnings(statistics: dict[str, float | int]) -> list[str]:
 
 
 def kappa_table(weights: RabcWeights, train: list[int], chosen: float | str, fps: float) -> pd.DataFrame:
-    """What every rule for κ would do to the frames of `train`: κ, mean weight, shares of weight 0 and 1, and the mean weight
-    in and outside of bad stretches: the more they differ, the more is filtered."""
+    """What every rule for κ, and less than the rules give, would do to the frames of `train`: κ, mean weight, shares of weight
+    0 and 1, and the mean weight in and outside of bad stretches: the more they differ, the more is filtered."""
     rows = np.concatenate(_episodes(weights, train))
     bad = np.concatenate([_in_stretches(weights, mine, fps) for mine in _episodes(weights, train)])
     delta, statistics = weights.delta[rows], (weights.delta_mean, weights.delta_std)
-    rules, table = ["mean", "mean+std", "mean+2std", "mean_weight=0.5", "quantile=0.6"], {}
-    for rule in rules + ([chosen] if chosen not in rules else []):
-        kappa = rabc.kappa_of(rule, delta, *statistics, weights.epsilon)
+    rules = dict.fromkeys(("mean", "mean+std", "mean+2std", "mean_weight=0.5", "quantile=0.6", chosen))
+    rules = {str(rule): rabc.kappa_of(rule, delta, *statistics, weights.epsilon) for rule in rules}
+    less, table = {"0": 0.0, "mean / 4": weights.delta_mean / 4, "mean / 2": weights.delta_mean / 2}, {}
+    for rule, kappa in ((less if weights.delta_mean > 0 else {}) | rules).items():
         weight = rabc.weights(delta, *statistics, kappa, weights.epsilon)
-        table[f"{rule} (rabc.kappa)" if rule == chosen else str(rule)] = {
+        table[f"{rule} (rabc.kappa)" if rule == str(chosen) else rule] = {
             "κ": kappa,
             "mean weight": weight.mean(),
             "weight 0": (weight == 0).mean(),

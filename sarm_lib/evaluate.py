@@ -181,7 +181,9 @@ def rollouts(
     model, preprocess, postprocess = policy
     model.eval()
     looks, says_success = looks_every(model), False
-    finished = bar(total=len(seeds), desc=desc, unit="rollout", quiet=quiet)
+    acted = bar(
+        total=len(seeds) * max_frames, desc=desc, unit="frame", quiet=quiet
+    )  # of a rollout that ends early, all
     for first in range(0, len(seeds), len(environments)):
         wave = list(seeds[first : first + len(environments)])
         torch.manual_seed(wave[0])
@@ -206,12 +208,14 @@ def rollouts(
             for i in sorted(running):
                 seen[i], _, terminated, truncated, info = members[i][0].step(actions[i])
                 frames[i] += 1
+                acted.update()
                 success[i] = bool(info.get("is_success", False))
                 says_success |= "is_success" in info
                 if record:
                     kept[i].append(_copy(seen[i]))
                 if success[i] or terminated or truncated or frames[i] >= max_frames:
                     running.discard(i)
+                    acted.update(max_frames - frames[i] + 1)  # and the first frame, which no action led to
             step += 1
         if not says_success:
             raise ValueError(
@@ -220,8 +224,7 @@ def rollouts(
             )
         for i, (_, seed) in enumerate(members):
             yield Rollout(int(seed), success[i], frames[i], *_recorded(kept[i]))
-            finished.update()
-    finished.close()
+    acted.close()
 
 
 def _check_cameras(policy: PreTrainedPolicy, observed: dict[str, torch.Tensor]) -> None:
@@ -338,26 +341,47 @@ def conclusion(metrics: dict[str, dict]) -> str:
     return f"{said}: this {which} is the better of these two policies; whether the weights made it so takes several training seeds"
 
 
-def experiment(path: Path, fingerprint: str) -> pd.DataFrame | None:
-    """What `make experiment` found on the dataset with this fingerprint, a row an arm: None where it has not run on it.
+EXPERIMENT = {
+    "bc": "every frame alike",
+    "rabc": "the weights of chapter 05",
+    "oracle": "1 for productive and recovering frames by the simulator's labels, 0 for bad ones",
+    "shuffled": "the weights of chapter 05, each given to another frame",
+    "success_filter": "the frames of episodes that succeeded",
+    "rabc_single": "as rabc, by a reward model of one stage",
+    "duration_filter": "the faster half of the episodes that succeeded",
+    "top_k": "as much of the data as rabc keeps, by highest r",
+    "clean_only": "the episodes without an imperfection",
+}
 
-    `successes` of all training seeds, the rate, and how much it lies over that of plain BC with its 95 % interval.
+
+def experiment(path: Path, fingerprint: str) -> pd.DataFrame | None:
+    """What `make experiment` found on the dataset with this fingerprint, a row an arm, those of most training seeds first:
+    None where it has not run on it. `attrs["settings"]` has the parameters of its policies.
+
+    The success rate, plain BC's with the same training seeds, how much the one lies over the other with its 95 % interval
+    (over seeds and starts), the digest of the `weights` of arms that a reward model made ("" where it is not known), and what
+    the arm draws frames by.
     """
     found = read_json(path) if path.exists() else {}
     if found.get("fingerprint") != fingerprint:
         return None
     rows = {}
     for arm, value in found["arms"].items():
-        over = value.get("over_bc", {})
+        over, made_from = value.get("over_bc", {}), value.get("made_from") or {}
         rows[arm] = {
             "seeds": len(value["runs"]),
-            "rollouts": sum(run["rollouts"] for run in value["runs"]),
             "success rate": value["success_rate"],
+            "bc, same seeds": value["success_rate"] - over.get("difference", 0.0),
             "over bc": over.get("difference"),
             "low": over.get("difference_low"),
             "high": over.get("difference_high"),
+            "weights": (made_from.get("weights") or "")[:8],
+            "frames": EXPERIMENT.get(arm, ""),
         }
-    return pd.DataFrame(rows).T.astype({"seeds": int, "rollouts": int}).round(3)
+    table = pd.DataFrame(rows).T.sort_values("seeds", ascending=False, kind="stable").rename_axis("arm")
+    table = table.astype({"seeds": int} | dict.fromkeys(table.columns[1:6], float)).round(3)
+    table.attrs["settings"] = found.get("settings", {})
+    return table
 
 
 # --- pictures -----------------------------------------------------------------------------------------------------------

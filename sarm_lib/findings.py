@@ -6,8 +6,9 @@ import numpy as np
 import pandas as pd
 from IPython.display import Markdown
 
-from sarm_lib.statistics import roc_auc
+from sarm_lib.statistics import roc_auc, wilson
 
+ALIKE = 0.02  # shares of frames that are nearer to each other rank no stage above another
 FEW = 5  # rollouts of one outcome: with fewer, how well it is told from the other is not known
 
 
@@ -17,7 +18,8 @@ def say(*sentences: str) -> Markdown:
 
 
 def confused(shares: pd.DataFrame) -> str:
-    """Of shares of frames by stage (rows) and by what was said (columns): the hardest stage, and what it is taken for."""
+    """Of shares of frames by stage (rows) and by what was said (columns): the hardest stage, those that are as hard within
+    `ALIKE`, and what it is taken for."""
     own = pd.Series({name: shares.loc[name, name] for name in shares.index if shares.loc[name].sum() > 0})
     if own.empty:
         return "no frames to tell stages by"
@@ -28,6 +30,8 @@ def confused(shares: pd.DataFrame) -> str:
     said = f"hardest: {hardest!r}, {own[hardest]:.0%} of its frames recognised"
     if len(others) and others.max() > 0:
         said += f", {others.max():.0%} taken for {others.idxmax()!r}"
+    alike = [f"{n!r} ({share:.0%})" for n, share in own.drop(hardest).items() if share - own[hardest] < ALIKE]
+    said += f"; as hard: {', '.join(alike)}" if alike else ""
     return said + (f"; easiest: {own.idxmax()!r} ({own.max():.0%})" if len(own) > 1 else "")
 
 
@@ -53,30 +57,35 @@ def two_measures(by_target: Mapping[str, float], by_truth: Mapping[str, float], 
     return f"against the target {target} was the hardest: a target says what the annotations say, and the truth what the scene shows"
 
 
-def ends(progress: Sequence[np.ndarray], succeeded: Sequence[bool], fall: float = 0.05) -> str:
-    """Of φ (T,) of episodes and whether they succeeded: whether it arrives, and whether it falls on the last frames."""
-    done = [phi for phi, success in zip(progress, succeeded, strict=True) if success]
-    failed = [phi[-1] for phi, success in zip(progress, succeeded, strict=True) if not success]
-    if not done:
+def ends(progress: Mapping[int, np.ndarray], succeeded: Sequence[bool], fall: float = 0.05) -> str:
+    """Of φ (T,) by episode, and whether each succeeded: whether it arrives, and whether it falls on the last frames."""
+    last = pd.Series({episode: phi[-1] for episode, phi in progress.items()})
+    done, failed = last[np.array(succeeded)], last[~np.array(succeeded)]
+    if done.empty:
         return "no episode succeeds: where progress ends says nothing"
-    last, falls = np.array([phi[-1] for phi in done]), sum(phi.max() - phi[-1] > fall for phi in done)
-    said = f"the {len(done)} episodes that succeed end at {last.mean():.2f} (the lowest at {last.min():.2f}), {falls} of them after a fall of more than {fall:g}"
-    return said + (
-        f"; the {len(failed)} that fail at {np.mean(failed):.2f} (the highest at {max(failed):.2f})" if failed else ""
+    falls = sum(progress[episode].max() - end > fall for episode, end in done.items())
+    said = f"the {len(done)} episodes that succeed end at {done.mean():.3f} (the lowest, {done.idxmin()}, at {done.min():.3f}), {falls} of them after a fall of more than {fall:g}"
+    if failed.empty:
+        return said
+    said += (
+        f"; the {len(failed)} that fail at {failed.mean():.3f} (the highest, {failed.idxmax()}, at {failed.max():.3f}"
     )
+    return said + (", as high as a success)" if failed.max() >= done.min() else ")")
 
 
-def better_rows(differences: pd.DataFrame, measure: str, row: str = "sarm") -> str:
-    """Of a table of `scorecard.differences` in an error: which rows have less of it, and which certainly."""
-    less = differences.drop(row).query("difference < 0")
-    if less.empty:
-        return f"no row does better than `{row}` by `{measure}`"
-    names = lambda rows: ", ".join(f"`{name}`" for name in rows.index)  # noqa: E731
-    certain = less.query("high < 0")
-    beyond = (
-        f"beyond chance, over the same episodes: {names(certain)}" if len(certain) else "none of them beyond chance"
+def worth(differences: pd.DataFrame, measure: str, row: str = "sarm") -> str:
+    """Of a table of `scorecard.differences` in an error: which rows have more of it than `row`, which less, and which cannot
+    be told from it."""
+    others = differences.drop(row)
+    if others.empty:
+        return f"there is no row to hold against `{row}`"
+    worse, better = others.query("low > 0").sort_values("difference", ascending=False), others.query("high < 0")
+    alike = others.drop([*worse.index, *better.index])
+    listed = lambda rows: ", ".join(f"`{name}` {gap:+.4f}" for name, gap in rows.difference.items()) or "none"  # noqa: E731
+    return (
+        f"worse than `{row}` by `{measure}`, beyond chance over the same episodes, the most first: {listed(worse)}; better: "
+        f"{listed(better)}; not told apart: {listed(alike)}"
     )
-    return f"rows that do better than `{row}` by `{measure}`: {names(less)}; {beyond}"
 
 
 def comparable(rows: Mapping, row: Mapping) -> str:
@@ -137,13 +146,22 @@ def detection(row: Mapping[str, float]) -> str:
 
 def final_progress(final: np.ndarray, succeeded: np.ndarray, high: float = 0.9) -> str:
     """Of the last φ (n,) of rollouts and whether they succeeded (n,): does the reward model tell them apart?"""
+    failed, looks = int((~succeeded).sum()), int((final[~succeeded] > high).sum())
+    said = []
     if succeeded.all() or not succeeded.any():
-        return f"all {len(final)} rollouts ended alike: there is nothing to tell apart"
-    said = (
-        f"final progress against true success: ROC area {roc_auc(final, succeeded):.3f} ({succeeded.sum()} succeeded, "
-        f"{(~succeeded).sum()} failed, and {(final[~succeeded] > high).sum()} of these end above {high})"
-    )
-    return said + (". So few of one kind say little" if min(succeeded.sum(), (~succeeded).sum()) < FEW else "")
+        said.append(f"all {len(final)} rollouts ended alike: there is nothing to tell apart")
+    else:
+        few = ": too few of one kind to rely on" if min(succeeded.sum(), failed) < FEW else ""
+        said.append(
+            f"final progress against true success: ROC area {roc_auc(final, succeeded):.3f} ({succeeded.sum()} succeeded, {failed} failed{few})"
+        )
+    if failed:
+        low, above = wilson(looks, failed)
+        said.append(
+            f"{looks} of {failed} failures end above {high} ({looks / failed:.0%}, 95 % interval {low:.0%} to {above:.0%})"
+            + (": a high φ of a policy is no sign of success here" if low > 0.1 else "")
+        )
+    return "\n".join(said)
 
 
 def weighting(kappa: float, rule: float | str, mean_weight: float) -> str:
@@ -151,6 +169,21 @@ def weighting(kappa: float, rule: float | str, mean_weight: float) -> str:
     healthy = "healthy" if 0.3 <= mean_weight <= 0.8 else "outside the healthy 0.3 to 0.8"
     how = f"by the rule `{rule}`" if isinstance(rule, str) else "as `rabc.kappa` says"
     return f"κ = {kappa:.3g}, {how}: a frame that gains more in Δ frames counts in full; the mean weight is {mean_weight:.2f}, {healthy}"
+
+
+def kappas(table: pd.DataFrame, alike: float = 0.01) -> str:
+    """Of a table of `diagnosis.kappa_table`: what the chosen κ does to bad stretches, and which least κ does the same."""
+    chosen = table[table.index.str.endswith("(rabc.kappa)")].iloc[0]
+    if not chosen["in bad stretches"] >= 0:
+        return "no robot stands still or goes back for long: κ has nothing to tell apart"
+    same = table[table["in bad stretches"] <= chosen["in bad stretches"] + alike]
+    least, most = same.loc[same["κ"].idxmin()], table.loc[table["κ"].idxmin()]
+    said = f"the chosen κ = {chosen['κ']:.3g} leaves frames in bad stretches {chosen['in bad stretches']:.2f} and others {chosen['elsewhere']:.2f}"
+    if least["κ"] < chosen["κ"]:
+        said += (
+            f"; of those listed, κ = {least['κ']:.3g} filters as much and leaves the others {least['elsewhere']:.2f}"
+        )
+    return said + f"; at κ = {most['κ']:.3g} bad stretches keep {most['in bad stretches']:.2f}"
 
 
 def by_hand(ours: np.ndarray, theirs: np.ndarray, what: str) -> str:
@@ -195,6 +228,37 @@ def gains(table: pd.DataFrame, verb: str) -> str:
     return f"episode {episode} {verb} most, {size.iloc[0]:.2f} from frame {frame} to {later}; the others here {size.min():.2f} at least"
 
 
+def still_falling(steps: Sequence[int], errors: Sequence[float]) -> str:
+    """Of validation errors in the order of the steps: whether the last one is the lowest, and what it gained."""
+    steps, errors = list(steps), list(errors)
+    if len(errors) < 2 or errors[-1] > min(errors):
+        return ""
+    return (
+        f"it still falls at the end: by {1 - errors[-1] / errors[-2]:.0%} in the last {steps[-1] - steps[-2]:.0f} steps"
+    )
+
+
+def still_learning(curves: Mapping[str, Sequence[float]]) -> str:
+    """Of each arm's training losses in the order of the steps: by how much the last tenth of them lies below the tenth
+    before."""
+    said = []
+    for arm, values in curves.items():
+        tenth = max(1, len(values) // 10)
+        before, last = np.mean(values[-2 * tenth : -tenth] or values[:1]), np.mean(values[-tenth:])
+        said.append(f"{1 - last / before:.0%} for `{arm}`")
+    return f"from the last but one tenth of the steps to the last the training loss fell by {', '.join(said)}"
+
+
+def best_of(agreement: Mapping[str, Mapping[str, float]], head: str) -> str:
+    """Of how annotators (by name) agree with a person's marks: whom to take."""
+    if not agreement:
+        return f"no validation episode is marked: nobody can say whose {head} annotations are better"
+    shares = pd.Series({name: figures["frame_agreement"] for name, figures in agreement.items()})
+    said = ", ".join(f"`{name}` in {share:.0%}" for name, share in shares.sort_values(ascending=False).items())
+    best = f": take `{shares.idxmax()}`" if len(shares) > 1 else ""
+    return f"of the {head} frames that a person marked, annotators agree: {said}{best}"
+
+
 def losses(validation: Mapping[str, float]) -> str:
     """Which policy has the lower validation loss; it may well be the one that does worse."""
     bc, ours = validation["bc"], validation["rabc"]
@@ -211,14 +275,19 @@ def experiment(table: pd.DataFrame | None) -> str:
         return "Did RA-BC help? The controlled experiment was not run on this dataset, so nothing here can say"
     bc, ours = table.loc["bc"], table.loc["rabc"]
     helped = "yes" if ours["low"] > 0 else "no, it harmed" if ours["high"] < 0 else "that is not settled"
-    said = (
+    said = [
         f"Did RA-BC help? In the experiment, {helped}: it succeeds in {ours['success rate']:.0%} of the rollouts, plain BC in "
         f"{bc['success rate']:.0%} ({ours['over bc']:+.2f}, 95 % interval {ours['low']:+.2f} to {ours['high']:+.2f}; {ours['seeds']:.0f} training seeds)"
-    )
+    ]
     if "shuffled" in table.index:
         shuffled = table.loc["shuffled"]
-        said += f". The same weights, shuffled among the frames: {shuffled['success rate']:.0%}"
-        said += ", so it matters which frames they fall on" if shuffled["high"] < ours["low"] else ""
+        same = shuffled["weights"] == ours["weights"] != ""
+        which = "The same weights" if same else "Weights of another reward model"
+        matters = ", so it matters which frames they fall on" if shuffled["high"] < ours["low"] else ""
+        said.append(f"{which}, shuffled among the frames: {shuffled['success rate']:.0%}{matters}")
     if "oracle" in table.index:
-        said += f". Weights from the simulator's own labels: {table.loc['oracle', 'success rate']:.0%}"
-    return said
+        said.append(f"Weights from the simulator's own labels: {table.loc['oracle', 'success rate']:.0%}")
+    if (table.seeds == 1).any():
+        lone = ", ".join(f"`{arm}`" for arm in table.index[table.seeds == 1])
+        said.append(f"One training seed, whose luck no interval knows: {lone}")
+    return "\n".join(said)

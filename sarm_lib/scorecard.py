@@ -231,14 +231,35 @@ def _text(values: Mapping[str, float], metric: str, interval: bool = True) -> st
     return f"{values[metric]:.{digits}f}" + (f" [{low:.{digits}f}, {high:.{digits}f}]" if interval else "")
 
 
+ROWS = {
+    "sarm": "as params.yaml says",
+    "targets": "no model: its annotations, followed perfectly",
+    "time_linear": "no model: the clock",
+    "single_stage": "no annotations: one stage",
+    "no_repeats": "each subtask once, of successful episodes only",
+    "state_only": "no pictures",
+    "images_only": "no state",
+    "images_only_all_cameras": "no state, every camera",
+    "all_cameras": "every camera",
+    "window_past": "a window into the past: usable online",
+    "window_centred": "a window into past and future",
+    "learn_given_up": "the clock of failed tries is learned",
+    "learn_drawn_out": "the clock of drawn-out segments is learned",
+    "no_rewind": "no rewinding in training",
+    "lerobot_augmentation": "LeRobot's augmentation and loss",
+    "lerobot_recipe": "LeRobot's augmentation and loss, both clocks learned",
+}
+
+
 def table(cards: dict[str, Card], metrics: Sequence[str], gaps: pd.DataFrame | None = None) -> pd.DataFrame:
     """The rows of a scorecard over all episodes, with some of the metrics, each with its interval as text; gaps: their
-    `differences`."""
+    `differences`, beside which stands in words what a row changes."""
     metrics = [m for m in metrics if any(m in of["all"] for of in cards.values())]
     found = pd.DataFrame({m: {row: _text(of["all"], m) for row, of in cards.items()} for m in metrics}, list(cards))
     if gaps is not None:
         texts = {row: f"{gap.difference:+.4f} [{gap.low:+.4f}, {gap.high:+.4f}]" for row, gap in gaps.iterrows()}
-        found.insert(1, "difference", [texts.get(row, "–") for row in cards])
+        found.insert(0, "what differs", [ROWS.get(row, "") for row in cards])
+        found.insert(2, "difference", [texts.get(row, "–") for row in cards])
     return found.rename_axis("row")
 
 

@@ -99,7 +99,8 @@ def test_the_experiment_is_told_of_its_own_dataset_only(tmp_path):
     write_json(tmp_path / "experiment.json", {"fingerprint": "abc", "arms": arms})
     assert evaluate.experiment(tmp_path / "experiment.json", "other") is None
     found = evaluate.experiment(tmp_path / "experiment.json", "abc")
-    assert found.loc["rabc"].tolist() == [2, 200, 0.5, 0.3, 0.2, 0.4] and np.isnan(found.loc["bc", "low"])
+    assert found.loc["rabc"].tolist() == [2, 0.5, 0.2, 0.3, 0.2, 0.4, "", "the weights of chapter 05"]
+    assert np.isnan(found.loc["bc", "low"]) and found.loc["bc", "bc, same seeds"] == 0.2
 
 
 def test_a_policy_looks_only_when_it_has_to(in_project, trained, monkeypatch):

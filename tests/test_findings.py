@@ -15,6 +15,8 @@ def test_the_hardest_stage_and_what_it_is_taken_for():
     )
     shares.loc["reach"] = 0.0  # no frame of it: nothing to recognise
     assert findings.confused(shares).startswith("hardest: 'grasp'")
+    shares.loc["lift"] = [0.0, 0.39, 0.61]
+    assert "35% taken for 'lift'; as hard: 'lift' (61%)" in findings.confused(shares)
     assert findings.confused(shares * 0) == "no frames to tell stages by"
     assert findings.confused(pd.DataFrame([[1.0]], ["task"], ["task"])) == "no frame of any stage is taken for another"
 
@@ -59,9 +61,12 @@ def test_what_weights_do_to_bad_frames():
 def test_final_progress_counts_the_failures_that_look_like_successes():
     final, succeeded = np.array([1.0, 0.95, 0.2, 0.1]), np.array([True, False, False, False])
     said = findings.final_progress(final, succeeded)
-    assert "ROC area 1.000 (1 succeeded, 3 failed, and 1 of these end above 0.9)" in said and "say little" in said
-    assert "say little" not in findings.final_progress(np.tile(final, 5), np.tile(succeeded, 5))
+    assert "ROC area 1.000 (1 succeeded, 3 failed: too few of one kind" in said and "no sign" not in said
+    assert "1 of 3 failures end above 0.9 (33%, 95 % interval 6% to 79%)" in said
+    many = findings.final_progress(np.tile(final, 20), np.tile(succeeded, 20))
+    assert "too few" not in many and "20 of 60" in many and "no sign of success" in many
     assert "ended alike" in findings.final_progress(final, succeeded & False)
+    assert "failures" not in findings.final_progress(final, succeeded | True)
 
 
 def test_findings_are_set_off_a_line_each():
@@ -82,10 +87,14 @@ def test_the_experiment_says_whether_it_helped():
         "oracle": [0.67, 0.43, 0.3, 0.5],
         "shuffled": [0.19, -0.05, -0.1, 0.0],
     }
-    table = pd.DataFrame(rows, index=["success rate", "over bc", "low", "high"]).T.assign(seeds=5)
+    table = pd.DataFrame(rows, index=["success rate", "over bc", "low", "high"]).T.assign(seeds=5, weights="")
     said = findings.experiment(table)
     assert "yes: it succeeds in 52% of the rollouts, plain BC in 24% (+0.28, 95 % interval +0.19 to +0.37" in said
-    assert "shuffled among the frames: 19%, so it matters which frames" in said and "labels: 67%" in said
+    assert "another reward model, shuffled among the frames: 19%, so it matters which frames" in said
+    assert "labels: 67%" in said and "One training seed" not in said
+    same = table.assign(weights=["", "ab12", "", "ab12"], seeds=[5, 5, 1, 5])
+    assert "The same weights, shuffled" in findings.experiment(same)
+    assert findings.experiment(same).endswith("whose luck no interval knows: `oracle`")
     assert "that is not settled" in findings.experiment(table.assign(low=-0.1))
     assert "it harmed" in findings.experiment(table.assign(low=-0.2, high=-0.1))
     assert "was not run" in findings.experiment(None) and "was not run" in findings.experiment(table.loc[["bc"]])
@@ -122,13 +131,10 @@ def test_rows_that_do_better_are_told_from_luck():
         {"difference": [0, -0.1, -0.2, 0.3], "low": [0, -0.2, -0.3, 0.1], "high": [0, 0.1, -0.1, 0.5]},
         index=["sarm", "lucky", "better", "worse"],
     )
-    said = findings.better_rows(table, "mse")
-    assert (
-        said
-        == "rows that do better than `sarm` by `mse`: `lucky`, `better`; beyond chance, over the same episodes: `better`"
-    )
-    assert "none of them beyond chance" in findings.better_rows(table.drop("better"), "mse")
-    assert findings.better_rows(table.loc[["sarm", "worse"]], "mse") == "no row does better than `sarm` by `mse`"
+    said = findings.worth(table, "mse")
+    assert "over the same episodes, the most first: `worse` +0.3000; better: `better` -0.2000" in said
+    assert said.endswith("not told apart: `lucky` -0.1000")
+    assert "no row to hold" in findings.worth(table.loc[["sarm"]], "mse")
 
 
 def test_ablations_of_other_settings_are_no_comparison():
@@ -141,9 +147,29 @@ def test_ablations_of_other_settings_are_no_comparison():
 
 def test_where_progress_ends():
     up, fallen, failed = np.array([0, 0.5, 1.0]), np.array([0, 1.0, 0.9]), np.array([0, 0.4, 0.3])
-    said = findings.ends([up, fallen, failed], [True, True, False])
-    assert (
-        "the 2 episodes that succeed end at 0.95 (the lowest at 0.90), 1 of them after a fall of more than 0.05" in said
+    said = findings.ends({4: up, 7: fallen, 9: failed}, [True, True, False])
+    assert "the 2 episodes that succeed end at 0.950 (the lowest, 7, at 0.900), 1 of them after a fall" in said
+    assert said.endswith("the 1 that fail at 0.300 (the highest, 9, at 0.300)")
+    assert findings.ends({4: fallen, 9: up}, [True, False]).endswith("(the highest, 9, at 1.000, as high as a success)")
+    assert "fail" not in findings.ends({4: up}, [True]) and "no episode succeeds" in findings.ends({9: failed}, [False])
+
+
+def test_which_kappa_does_as_much_as_the_chosen_one():
+    table = pd.DataFrame(
+        [[0.0, 0.3, 1.0], [0.02, 0.1, 0.98], [0.08, 0.1, 0.94]],
+        index=["0", "mean / 4", "mean (rabc.kappa)"],
+        columns=["κ", "in bad stretches", "elsewhere"],
     )
-    assert said.endswith("the 1 that fail at 0.30 (the highest at 0.30)")
-    assert "fail" not in findings.ends([up], [True]) and "no episode succeeds" in findings.ends([failed], [False])
+    said = findings.kappas(table)
+    assert "κ = 0.08 leaves frames in bad stretches 0.10 and others 0.94" in said
+    assert "κ = 0.02 filters as much and leaves the others 0.98; at κ = 0 bad stretches keep 0.30" in said
+    assert "nothing to tell apart" in findings.kappas(table.assign(**{"in bad stretches": np.nan}))
+
+
+def test_what_still_falls_and_who_annotates_better():
+    assert findings.still_falling([100, 200], [0.2, 0.1]) == "it still falls at the end: by 50% in the last 100 steps"
+    assert findings.still_falling([100, 200], [0.1, 0.2]) == "" == findings.still_falling([100], [0.1])
+    assert findings.still_learning({"bc": [2.0, 1.0], "rabc": [1.0]}).endswith("by 50% for `bc`, 0% for `rabc`")
+    shares = {"keyframes": {"frame_agreement": 0.64}, "propagate": {"frame_agreement": 0.97}}
+    assert findings.best_of(shares, "dense").endswith("`propagate` in 97%, `keyframes` in 64%: take `propagate`")
+    assert "no validation episode is marked" in findings.best_of({}, "dense")

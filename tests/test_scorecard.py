@@ -317,5 +317,8 @@ def test_the_parameters_of_every_ablation_fit_together():
     from sarm_lib import params
     from tests.conftest import ROOT
 
-    for overrides, _ in ablations.rows(["observation.images.front"]).values():
-        params.load(ROOT / "params.yaml", overrides)
+    for window in ("centred", "past"):
+        rows = ablations.rows(["observation.images.front"], window)
+        assert set(rows) <= set(scorecard.ROWS) and f"window_{window}" not in rows
+        for overrides, _ in rows.values():
+            params.load(ROOT / "params.yaml", overrides)
