@@ -24,6 +24,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 from demo.captions import TASKS, caption
 from demo.demonstrations import KINDS, demonstrate
 from demo.simulator import IMAGE_SIZE, AssemblySimulator, RenderingError
+from sarm_lib.artifacts import staged
 
 FIRST_SEED = 9000
 EPISODES = 64
@@ -185,6 +186,13 @@ def retrieval_rank(images: np.ndarray, captions: list[str], tokenizer: CLIPToken
 
 
 def main(folder: Path) -> None:
+    with staged(folder) as partial:
+        partial.mkdir()
+        make(partial)
+
+
+def make(folder: Path) -> None:
+    """Train tokenizer and model, and leave them in `folder`."""
     torch.manual_seed(0)
     images, captions = record_frames()
     held_out = len(images) * 9 // 10

@@ -18,7 +18,12 @@ from sarm_lib.dataset import Dataset, DatasetError
 
 TOLERANCE = 0.5  # seconds
 FLICKER = 0.15  # seconds; a truth that is read off thresholds flickers: shorter runs belong to the run before them
-FLICKERS = (0.1, 0.125, FLICKER)  # what counts as a retry hangs on it, so figures of retries are given for all of these
+FLICKERS = (
+    0.0,
+    0.1,
+    0.125,
+    FLICKER,
+)  # what counts as a retry hangs on it, so figures of retries are given for all of these
 
 SCORED = {"val": ("val",), "test": ("test",), "val and test": ("val", "test")}  # splits that a truth is compared with
 

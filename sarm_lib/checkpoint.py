@@ -70,6 +70,7 @@ def save_reward_model(
 def _write(model: RewardModel, folder: Path, weights: dict[str, Tensor]) -> None:
     folder.mkdir()
     save_file({k: v.contiguous().cpu() for k, v in weights.items()}, folder / WEIGHTS)
+    (folder / WEIGHTS).chmod(0o644)  # safetensors writes 0600
     if expressible(model.spec):
         _lerobot_config(model).save_pretrained(folder)
     else:

@@ -231,8 +231,15 @@ def detection(weights: RabcWeights, quality: np.ndarray, groups: np.ndarray) -> 
     weights' frames.
 
     Bad is what was injected or dead, held against productive frames; recovery makes progress and stands apart.
-    auc_delta, auc_weight: ROC area of r and of w; zero_precision, zero_recall: of weight 0; weight_*: mean weights.
+    auc_delta, auc_weight: ROC area of r and of w; zero_precision, zero_recall: of weight 0; weight_*: mean weights. Raises
+    ValueError for a quality that `QUALITY` does not name.
     """
+    unknown = set(np.unique(quality)) - {value for values in QUALITY.values() for value in values}
+    if unknown:
+        raise ValueError(
+            f"base.truth_prefix: quality has values {', '.join(f'{v:g}' for v in sorted(unknown))}; 0 is productive, 1 injected, 2 "
+            "recovering, 3 dead. Set base.truth_prefix to null if the column means something else"
+        )
     rows = {}
     for group in ["all", *sorted(set(groups.tolist()))]:
         mine = np.ones(len(groups), dtype=bool) if group == "all" else groups == group

@@ -150,7 +150,11 @@ def test_what_counts_as_a_retry_hangs_on_the_flicker(tiny):
         annotated.append(Annotation(e.index, e.length, "x", None, own))
     table = agreement.by_flicker(stage, demos, annotated, NAMES)
     scored = [e for e in demos.episodes if e.split != "train"]
-    assert list(table) == ["0.1 s", "0.125 s", "0.15 s"] and list(table["0.1 s"]) == ["val", "test", "val and test"]
+    assert list(table) == ["0 s", "0.1 s", "0.125 s", "0.15 s"] and list(table["0.1 s"]) == [
+        "val",
+        "test",
+        "val and test",
+    ]
     assert table["0.1 s"]["val and test"] == {"retries": len(scored), "retry_recall": 0.0, "retry_precision": None}
     longer = agreement.truth(stage, demos, NAMES, flicker=0.3)
     assert all(len(longer[e.index]) == 2 for e in demos.episodes)

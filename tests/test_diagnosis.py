@@ -112,6 +112,8 @@ def test_detection_knows_bad_from_productive_and_leaves_recovery_apart():
     zero = computed.weight == 0
     assert found.zero_precision["all"] == pytest.approx((zero & bad).sum() / (zero & (bad | good)).sum())
     assert math.isnan(found.auc_weight["clean"]) and "auc_weight" not in diagnosis.figures(found)["clean"]
+    with pytest.raises(ValueError, match="quality has values 7; 0 is productive"):
+        diagnosis.detection(computed, np.where(quality == 2, 7, quality), groups)
 
 
 def test_only_the_worst_tenth_and_only_what_something_is_wrong_with_is_proposed_to_be_left_out():
