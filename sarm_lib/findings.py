@@ -9,7 +9,7 @@ from IPython.display import Markdown
 from sarm_lib.statistics import roc_auc, wilson
 
 ALIKE = 0.02  # shares of frames that are nearer to each other rank no stage above another
-FEW = 5  # rollouts of one outcome: with fewer, how well it is told from the other is not known
+FEW = 5  # rollouts of one outcome, or episodes: with fewer, how well one is told from another is not known
 
 
 def say(*sentences: str) -> Markdown:
@@ -32,7 +32,8 @@ def confused(shares: pd.DataFrame) -> str:
         said += f", {others.max():.0%} taken for {others.idxmax()!r}"
     alike = [f"{n!r} ({share:.0%})" for n, share in own.drop(hardest).items() if share - own[hardest] < ALIKE]
     said += f"; as hard: {', '.join(alike)}" if alike else ""
-    return said + (f"; easiest: {own.idxmax()!r} ({own.max():.0%})" if len(own) > 1 else "")
+    apart = own.max() - own[hardest] >= ALIKE
+    return said + (f"; easiest: {own.idxmax()!r} ({own.max():.0%})" if apart else "")
 
 
 def extremes(values: Mapping[str, float] | pd.Series, what: str, digits: int = 3) -> str:
@@ -111,6 +112,8 @@ def suspicion(found: Mapping[str, float] | None) -> str:
     """Of `agreement.found_early`: may one rely on suspicion?"""
     if found is None:
         return "there is nothing to compare with, or nothing wrong"
+    if found["of"] < FEW:
+        return f"{found['of']} of the episodes can be compared: too few to say"
     looked = found["episodes"] / found["of"]
     helps = (
         "look at the suspicious first"
@@ -245,8 +248,8 @@ def still_learning(curves: Mapping[str, Sequence[float]]) -> str:
     for arm, values in curves.items():
         tenth = max(1, len(values) // 10)
         before, last = np.mean(values[-2 * tenth : -tenth] or values[:1]), np.mean(values[-tenth:])
-        said.append(f"{1 - last / before:.0%} for `{arm}`")
-    return f"from the last but one tenth of the steps to the last the training loss fell by {', '.join(said)}"
+        said.append(f"{last / before - 1:+.0%} for `{arm}`")
+    return f"from the last but one tenth of the steps to the last, training loss changed by {', '.join(said)}"
 
 
 def best_of(agreement: Mapping[str, Mapping[str, float]], head: str) -> str:

@@ -15,6 +15,8 @@ def test_the_hardest_stage_and_what_it_is_taken_for():
     )
     shares.loc["reach"] = 0.0  # no frame of it: nothing to recognise
     assert findings.confused(shares).startswith("hardest: 'grasp'")
+    level = pd.DataFrame([[0.93, 0.07], [0.06, 0.94]], index=names[:2], columns=names[:2])
+    assert findings.confused(level).endswith("taken for 'grasp'; as hard: 'grasp' (94%)")
     shares.loc["lift"] = [0.0, 0.39, 0.61]
     assert "35% taken for 'lift'; as hard: 'lift' (61%)" in findings.confused(shares)
     assert findings.confused(shares * 0) == "no frames to tell stages by"
@@ -33,6 +35,7 @@ def test_suspicion_that_finds_nothing_says_so():
     assert "hold 12% of the frames" in findings.suspicion(few) and "look by kind" in findings.suspicion(few)
     assert "(10%) hold 50%" in findings.suspicion(many) and "suspicious first" in findings.suspicion(many)
     assert "nothing to compare" in findings.suspicion(None)
+    assert "too few to say" in findings.suspicion({"episodes": 1, "of": 2, "errors": 1.0})
 
 
 def test_soft_weights_are_those_between():
@@ -169,7 +172,7 @@ def test_which_kappa_does_as_much_as_the_chosen_one():
 def test_what_still_falls_and_who_annotates_better():
     assert findings.still_falling([100, 200], [0.2, 0.1]) == "it still falls at the end: by 50% in the last 100 steps"
     assert findings.still_falling([100, 200], [0.1, 0.2]) == "" == findings.still_falling([100], [0.1])
-    assert findings.still_learning({"bc": [2.0, 1.0], "rabc": [1.0]}).endswith("by 50% for `bc`, 0% for `rabc`")
+    assert findings.still_learning({"bc": [2.0, 1.0], "rabc": [1.0]}).endswith("by -50% for `bc`, +0% for `rabc`")
     shares = {"keyframes": {"frame_agreement": 0.64}, "propagate": {"frame_agreement": 0.97}}
     assert findings.best_of(shares, "dense").endswith("`propagate` in 97%, `keyframes` in 64%: take `propagate`")
     assert "no validation episode is marked" in findings.best_of({}, "dense")
