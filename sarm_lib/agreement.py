@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from sarm_lib.annotations import Annotation, Finding, Segment
+from sarm_lib.annotations import HEADS, Annotation, Finding, Segment
 from sarm_lib.dataset import Dataset, DatasetError
 
 TOLERANCE = 0.5  # seconds
@@ -27,6 +27,8 @@ FLICKERS = (
 
 SCORED = {"val": ("val",), "test": ("test",), "val and test": ("val", "test")}  # splits that a truth is compared with
 
+UNLIKELY = 3.5  # robust standard deviations of a subtask's log duration
+NOTABLE = 0.05  # share of an episode's frames: less is a matter of boundaries
 OTHERS = 0.1  # what a second opinion or an unlikely duration counts in `suspicion`, beside an annotator's own doubts
 ABOUT_FRAMES = [
     "episodes",
@@ -208,6 +210,63 @@ def trust(
     return found
 
 
+def doubts(annotations: list[Annotation], vocabulary: dict[str, list[str]]) -> list[Finding]:
+    """What is allowed and yet worth a look: durations unlike those of the same subtask elsewhere, gaps, subtasks that are
+    passed over, and heads that contradict each other.
+
+    A duration is unlikely where its logarithm lies more than 3.5 robust standard deviations (1.4826 MAD, at least 15 %)
+    from the subtask's median; a subtask with fewer than five segments has no such judgement. Heads contradict each other
+    where dense subtasks lie outside of the sparse one in which they lie in most frames of all annotations.
+    """
+    found = _disagreeing_heads(annotations, vocabulary)
+    for head, names in vocabulary.items():
+        spans = [(a, s) for a in annotations for s in a.head(head) or ()]
+        by_name: dict[str, list[float]] = {}
+        for _, s in spans:
+            by_name.setdefault(s.subtask, []).append(np.log(s.end - s.start + 1))
+        middle = {name: np.median(values) for name, values in by_name.items()}
+        spread = {n: max(0.15, 1.4826 * np.median(np.abs(np.array(v) - middle[n]))) for n, v in by_name.items()}
+        for annotation, s in spans:
+            frames = s.end - s.start + 1
+            z = abs(np.log(frames) - middle[s.subtask]) / spread[s.subtask]
+            if z > UNLIKELY and len(by_name[s.subtask]) >= 5:
+                usual = f"{frames} frames, usual are {np.exp(middle[s.subtask]):.0f}"
+                found.append(Finding(annotation.episode, head, s.subtask, "unlikely duration", usual))
+        for annotation in annotations:
+            segments = annotation.head(head) or ()
+            for before, after in itertools.pairwise((None, *segments)):
+                if before and after.start > before.end + 1:
+                    gap = f"{after.start - before.end - 1} frames after {before.subtask!r} belong to no segment"
+                    found.append(Finding(annotation.episode, head, after.subtask, "gap", gap))
+                first = names.index(before.subtask) + 1 if before else 0
+                if missing := names[first : names.index(after.subtask)]:
+                    where = f"right after {before.subtask!r}" if before else "at the beginning"
+                    text = f"it stands {where}, without {', '.join(map(repr, missing))}"
+                    found.append(Finding(annotation.episode, head, after.subtask, "skipped", text))
+    return found
+
+
+def _disagreeing_heads(annotations: list[Annotation], vocabulary: dict[str, list[str]]) -> list[Finding]:
+    if not set(HEADS) <= set(vocabulary):
+        return []
+    labels = {
+        a.episode: [frame_labels(a.head(head), vocabulary[head], a.length) for head in HEADS]
+        for a in annotations
+        if a.sparse and a.dense
+    }
+    together = np.zeros([len(vocabulary[head]) for head in HEADS], dtype=np.int64)
+    for sparse, dense in labels.values():
+        np.add.at(together, (sparse, dense), 1)
+    parent, found = together.argmax(0), []
+    for episode, (sparse, dense) in labels.items():
+        outside = parent[dense] != sparse
+        if outside.mean() > NOTABLE:
+            k = np.bincount(dense[outside]).argmax()
+            text = f"{outside.sum()} frames lie outside of {vocabulary['sparse'][parent[k]]!r}, where it usually is"
+            found.append(Finding(episode, "dense", vocabulary["dense"][k], "heads disagree", text))
+    return found
+
+
 def suspicion(
     annotations: list[Annotation],
     doubts: list[Finding],
@@ -221,7 +280,7 @@ def suspicion(
     The score adds what speaks against an annotation. What its annotator itself is unsure of comes first: doubt about its
     least certain boundary, and the share of its frames that look like another subtask. What others say counts a tenth: the
     share of frames that a second opinion labels otherwise times how far that is `trusted` (a head: `trust`), and half for
-    each finding of `annotations.doubts`. What a person marked, corrected or `accepted` scores 0.
+    each finding of `doubts`. What a person marked, corrected or `accepted` scores 0.
     """
     opinions, rows = {a.episode: a for a in second}, []
     for annotation in annotations:
@@ -242,7 +301,7 @@ def suspicion(
             segments = annotation.head(head)
             frames = np.array(values) * [s.end - s.start + 1 for s in segments]
             share = float(frames.sum() / annotation.length)
-            if share > 0.05:
+            if share > NOTABLE:
                 worst = segments[int(frames.argmax())]
                 text = f"{head}: {share:.0%} of the frames look like another subtask, most of them in {worst.subtask!r}"
                 why.append((share, f"{text} from frame {worst.start}"))
@@ -251,7 +310,7 @@ def suspicion(
             if other and other.head(head) and annotation.head(head):
                 labels = [frame_labels(a.head(head), names, annotation.length) for a in (annotation, other)]
                 share = float((labels[0] != labels[1]).mean())
-                if share > 0.05 and trusted[head]:
+                if share > NOTABLE and trusted[head]:
                     text = f"{head}: {other.annotator} sees {share:.0%} of the frames otherwise"
                     why.append((OTHERS * trusted[head] * share, text))
         why += [

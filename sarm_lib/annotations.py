@@ -6,14 +6,10 @@ frame of the segment, as in LeRobot's `{head}_subtask_end_frames`. One JSON file
 the nut reaches for it again), and an episode may end before the last subtask.
 """
 
-import itertools
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
-
-import numpy as np
 
 from sarm_lib.artifacts import staged, write_json
 from sarm_lib.dataset import Dataset, Episode
@@ -22,7 +18,6 @@ HEADS = ("sparse", "dense")
 SINGLE_STAGE = "task"  # the guide's name of the one stage of `single_stage`, and of the sparse head in `dense_only`
 MIN_COVERAGE = 0.8  # of an episode's frames; a gap keeps the progress of the segment before it
 STRICT = {"strict": True, "extra": "forbid", "allow_inf_nan": False}  # how a file is read: no guesses
-UNLIKELY = 3.5  # robust standard deviations of a subtask's log duration
 
 
 class AnnotationError(ValueError):
@@ -170,34 +165,6 @@ def validate(annotation: Annotation, vocabulary: dict[str, list[str]], length: i
         found.insert(0, Finding(annotation.episode, "both heads", "", "bounds", text))
     if found:
         raise AnnotationError("\n".join(map(str, found)))
-
-
-def doubts(annotations: list[Annotation], heads: Iterable[str]) -> list[Finding]:
-    """What is allowed and yet worth a look: durations unlike those of the same subtask elsewhere, and gaps.
-
-    A duration is unlikely where its logarithm lies more than 3.5 robust standard deviations (1.4826 MAD, at least 15 %)
-    from the subtask's median; a subtask with fewer than five segments has no such judgement.
-    """
-    found = []
-    for head in heads:
-        spans = [(a, s) for a in annotations for s in a.head(head) or ()]
-        by_name: dict[str, list[float]] = {}
-        for _, s in spans:
-            by_name.setdefault(s.subtask, []).append(np.log(s.end - s.start + 1))
-        middle = {name: np.median(values) for name, values in by_name.items()}
-        spread = {n: max(0.15, 1.4826 * np.median(np.abs(np.array(v) - middle[n]))) for n, v in by_name.items()}
-        for annotation, s in spans:
-            frames = s.end - s.start + 1
-            z = abs(np.log(frames) - middle[s.subtask]) / spread[s.subtask]
-            if z > UNLIKELY and len(by_name[s.subtask]) >= 5:
-                usual = f"{frames} frames, usual are {np.exp(middle[s.subtask]):.0f}"
-                found.append(Finding(annotation.episode, head, s.subtask, "unlikely duration", usual))
-        for annotation in annotations:
-            for before, after in itertools.pairwise(annotation.head(head) or ()):
-                if after.start > before.end + 1:
-                    gap = f"{after.start - before.end - 1} frames after {before.subtask!r} belong to no segment"
-                    found.append(Finding(annotation.episode, head, after.subtask, "gap", gap))
-    return found
 
 
 # --- files ----------------------------------------------------------------------------------------------------------

@@ -104,6 +104,35 @@ def test_an_annotator_that_had_to_overrule_its_frames_is_suspicious():
     assert f"18% of the frames look like another subtask, most of them in '{NAMES[1]}' from frame 20" in table.why[1]
 
 
+def test_unlikely_durations_and_gaps_are_doubts():
+    usual = [Annotation(i, 40, "x", (Segment("reach", 0, 9 + i % 3), Segment("grasp", 20, 39)), None) for i in range(6)]
+    odd = Annotation(9, 60, "x", (Segment("reach", 0, 39), Segment("grasp", 40, 59)), None)
+    found = agreement.doubts([*usual, odd], {"sparse": NAMES})
+    unlikely = [f for f in found if f.rule == "unlikely duration"]
+    assert [(f.episode, f.subtask) for f in unlikely] == [(9, "reach")] and "40 frames, usual are 11" in str(unlikely[0])
+    assert [f.episode for f in found if f.rule == "gap"] == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_subtask_that_is_passed_over_is_a_doubt_and_a_step_back_is_none():
+    late, jumps = segments((1, 0), (2, 20)), segments((0, 0), (2, 20), (0, 30))
+    whole = segments((0, 0), (1, 10), (2, 20), (1, 30))
+    given = [Annotation(e, 40, "x", s, None) for e, s in enumerate((late, jumps, whole))]
+    found = [f for f in agreement.doubts(given, {"sparse": NAMES}) if f.rule == "skipped"]
+    assert [(f.episode, f.subtask) for f in found] == [(0, "grasp"), (1, "lift")]
+    assert "at the beginning, without 'reach'" in str(found[0]) and "right after 'reach', without 'grasp'" in str(
+        found[1]
+    )
+
+
+def test_heads_that_contradict_each_other_are_a_doubt():
+    vocabulary, dense = {"sparse": ["go", "come"], "dense": NAMES}, segments((0, 0), (1, 10), (2, 20))
+    sparse = lambda at: (Segment("go", 0, at - 1), Segment("come", at, 39))  # noqa: E731
+    given = [Annotation(e, 40, "x", sparse(at), dense) for e, at in enumerate((20, 20, 21, 30))]
+    found = [f for f in agreement.doubts(given, vocabulary) if f.rule == "heads disagree"]
+    assert [(f.episode, f.subtask) for f in found] == [(3, "lift")]  # a frame off is a matter of boundaries
+    assert "10 frames lie outside of 'come'" in str(found[0])
+
+
 def test_what_the_most_suspicious_episodes_hold():
     wrong = pd.Series({e: float(e == 7) * 30 + 1 for e in range(20)})
     score = pd.Series({e: 0.0 for e in range(20)})

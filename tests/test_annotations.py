@@ -77,15 +77,6 @@ def test_a_head_that_the_mode_needs_must_be_there():
         annotations.validate(annotation(Segment("reach", 0, 19)), {**NAMES, "dense": ["reach"]})
 
 
-def test_unlikely_durations_and_gaps_are_doubts():
-    usual = [Annotation(i, 40, "x", (Segment("reach", 0, 9 + i % 3), Segment("grasp", 20, 39)), None) for i in range(6)]
-    odd = Annotation(9, 60, "x", (Segment("reach", 0, 39), Segment("grasp", 40, 59)), None)
-    found = annotations.doubts([*usual, odd], ["sparse"])
-    assert {(f.episode, f.subtask) for f in found if f.rule == "unlikely duration"} == {(9, "reach")}
-    assert {f.episode for f in found if f.rule == "gap"} == set(range(6))
-    assert "40 frames, usual are 11" in str(found[0]) or any("40 frames" in str(f) for f in found)
-
-
 leaves = st.none() | st.booleans() | st.integers(-30, 30) | st.floats() | st.sampled_from(["reach", "grasp", "fly", ""])
 junk = st.recursive(
     leaves,

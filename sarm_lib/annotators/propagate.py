@@ -30,6 +30,7 @@ STEPS, LEARNING_RATE, WEIGHT_DECAY, NOISE, SMOOTHING = 250, 3e-3, 1e-2, 0.3, 0.0
 MEMBERS = 5  # of the ensemble
 SHARPNESS = 0.5  # neighbouring frames are not independent evidence
 WITHIN = 0.1  # seconds
+CHUNK = 2**16  # frames
 
 
 class PropagateAnnotator:
@@ -166,7 +167,10 @@ def principal_components(values: np.ndarray, rows: np.ndarray, count: int) -> np
     _, vectors = np.linalg.eigh((some - mean).T @ (some - mean))
     axes = vectors[:, ::-1][:, :count]
     axes = axes * np.sign(axes[np.abs(axes).argmax(0), np.arange(axes.shape[1])])  # the sign is arbitrary: fix it
-    return (values - mean) @ axes
+    starts = range(
+        0, len(values), CHUNK
+    )  # all embeddings at once in float64 are gigabytes
+    return np.concatenate([(values[i : i + CHUNK] - mean) @ axes for i in starts])
 
 
 @contextmanager
