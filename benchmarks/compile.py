@@ -17,19 +17,14 @@ from unittest import mock
 
 import torch
 
-from benchmarks.speed import SHARES, STAGES, make_encoder, processor
+from benchmarks.speed import SHARES, STAGES, make_encoder, processor, random_windows, training_batch
 from sarm_lib import encoder, kernels, training
 from sarm_lib.dataset import pick_device
 from sarm_lib.model import Sarm, SarmSpec
-from sarm_lib.windows import Windows, WindowSpec
+from sarm_lib.windows import WindowSpec
 
 RESULTS = Path(__file__).with_suffix(".json")
 HEADS, BATCH, LAPS = ("sparse", "dense"), 32, 5
-
-
-def windows(batch: int, length: int, device: str) -> Windows:
-    made = torch.randn(batch, 1, length, 512), torch.randn(batch, 512), torch.randn(batch, length, 32)
-    return Windows(*made, torch.full((batch,), length)).to(torch.device(device))
 
 
 def seconds(work: Callable, device: str) -> float:
@@ -56,6 +51,19 @@ def compared(plain: Callable, device: str) -> dict[str, float]:
     return ratio | {"compiling": took, "max_abs_diff": float(difference)}
 
 
+def training_step(sarm: Sarm, batch: training.Batch) -> Callable[[], torch.Tensor]:
+    """A function that goes forward and back once, and gives the loss."""
+    loss = training.SarmLoss(sarm.train())
+
+    def step() -> torch.Tensor:
+        sarm.zero_grad()
+        total = loss(batch)["loss"]
+        total.backward()
+        return total.detach()
+
+    return step
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto")
@@ -68,24 +76,11 @@ def main() -> None:
     pixels = torch.randn(BATCH, 3, 224, 224, device=device)
     with torch.inference_mode():
         found["encode"] = compared(lambda: clip.model.get_image_features(pixels).pooler_output, device)
-        shown = windows(BATCH, 9, device)
+        shown = random_windows(sarm.spec, BATCH, sarm.spec.window.length).to(torch.device(device))
         sarm.eval()
         found["score"] = compared(lambda: sarm.predict(shown, HEADS, 4)["dense"].tau, device)
-    shown, sarm = windows(8, 13, device), sarm.train()
-    stage = {head: torch.randint(0, len(names), (8, 13), device=device) for head, names in STAGES.items()}
-    tau = {head: torch.rand(8, 13, device=device) for head in STAGES}
-    known = {head: torch.ones(8, 13, dtype=torch.bool, device=device) for head in STAGES}
-    given = torch.ones(8, dtype=torch.bool, device=device)
-    batch = training.Batch(shown, stage, tau, known, given, None, 8 * 13.0)
-    loss = training.SarmLoss(sarm)
-
-    def step() -> torch.Tensor:
-        sarm.zero_grad()
-        total = loss(batch)["loss"]
-        total.backward()
-        return total.detach()
-
-    found["train"] = compared(step, device)
+    batch = training_batch(sarm.spec, 8).to(torch.device(device))
+    found["train"] = compared(training_step(sarm, batch), device)
     where = torch.cuda.get_device_name() if device == "cuda" else processor()
     made = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     RESULTS.write_text(json.dumps(made | {where: found}, indent=1) + "\n")

@@ -37,6 +37,7 @@ FRAMES, EPISODES, TASK = 32, 3, "pick up the nut and place it on the peg"
 STAGES = {"sparse": ["pick up", "place"], "dense": ["reach", "grasp", "lift", "carry", "lower"]}
 SHARES = {"sparse": [0.55, 0.45], "dense": [0.2, 0.15, 0.15, 0.35, 0.15]}
 CAMERA, STATE = "observation.images.front", "observation.state"
+SIZE = {"hidden_dim": 768, "num_heads": 12, "num_layers": 8}  # the paper's
 RESULTS = Path(__file__).with_suffix(".json")
 NAMES = (
     "progress_dual_fp32", "progress_single_fp32", "progress_dual_bf16", "train_dual_fp32", "train_dual_bf16",
@@ -113,11 +114,37 @@ def make_reward_model(folder: Path, dataset: Path, mode: str) -> Path:
     torch.manual_seed(0)
     stages = {"sparse": ["task"]} if mode == "single_stage" else STAGES
     shares = {"sparse": [1.0]} if mode == "single_stage" else SHARES
-    sarm = Sarm(SarmSpec(WindowSpec("centred", 8, 3, 4), stages, shares, mode))
+    sarm = Sarm(SarmSpec(WindowSpec("centred", 8, 3, 4), stages, shares, mode, **SIZE))
     statistics = json.loads((dataset / "meta/stats.json").read_text())[STATE]
     mean, std = (np.array(statistics[name], dtype=np.float32) for name in ("mean", "std"))
     save_reward_model(RewardModel(sarm, (CAMERA,), STATE, mean, std, "clip", None, None), folder, {}, [])
     return folder
+
+
+def random_windows(spec, size: int, length: int):
+    """`size` windows of `length` positions for a model of `spec`, all of them valid."""
+    import torch
+
+    from sarm_lib.windows import Windows
+
+    images, text = torch.randn(size, spec.num_cameras, length, spec.image_dim), torch.randn(size, spec.text_dim)
+    return Windows(images, text, torch.randn(size, length, spec.max_state_dim), torch.full((size,), length))
+
+
+def training_batch(spec, size: int):
+    """A training batch of `size` windows for a model of `spec`: random stages, all given, and a τ that is learned everywhere."""
+    import torch
+
+    from sarm_lib.training import Batch
+
+    shape = size, spec.window.padded_length
+    windows = random_windows(spec, *shape)
+    stage = {head: torch.randint(0, spec.num_stages(head), shape) for head in spec.heads}
+    tau = {head: torch.rand(shape) * 0.99 for head in spec.heads}
+    known = dict.fromkeys(spec.heads, torch.ones(shape, dtype=torch.bool))
+    positions = float(windows.valid.sum())
+    given = torch.ones(size, dtype=torch.bool)
+    return Batch(windows, stage, tau, known, given, None, positions, dict.fromkeys(spec.heads, positions))
 
 
 class Bench:
@@ -140,8 +167,7 @@ class Bench:
                 "base.state_key": STATE,
                 "prepare.encoder": str(self.clip), "prepare.image_keys": [], "prepare.precision": precision,
                 "rabc.head_mode": "sparse" if mode == "single_stage" else "both", "rabc.precision": precision,
-                "sarm.hidden_dim": 768, "sarm.num_heads": 12, "sarm.num_layers": 8, "sarm.frame_gap": 3,
-                "sarm.precision": precision,
+                "sarm.frame_gap": 3, "sarm.precision": precision, **{f"sarm.{name}": size for name, size in SIZE.items()},
             },
         )  # fmt: skip
 
@@ -330,28 +356,23 @@ class Bench:
         from lerobot.rewards.sarm.modeling_sarm import SARMRewardModel
 
         from sarm_lib import checkpoint, training
-        from sarm_lib.windows import Windows
 
         torch.manual_seed(0)
-        windows = Windows(torch.randn(4, 1, 13, 512), torch.randn(4, 512), torch.randn(4, 13, 32), torch.full((4,), 13))
-        stage = {head: torch.randint(0, len(names), (4, 13)) for head, names in STAGES.items()}
-        tau = {head: torch.rand(4, 13) * 0.99 for head in STAGES}
-        known = dict.fromkeys(STAGES, torch.ones(4, 13, dtype=torch.bool))
-        batch = training.Batch(windows, stage, tau, known, torch.ones(4, dtype=torch.bool), None, 52.0)
-        ours = training.SarmLoss(checkpoint.load_reward_model(self.reward_model("dual"), self.device).sarm.eval())
+        sarm = checkpoint.load_reward_model(self.reward_model("dual"), self.device).sarm.eval()
+        batch = training_batch(sarm.spec, 4)
         theirs = SARMRewardModel.from_pretrained(self.reward_model("dual")).to(self.device).eval()
         theirs.config.device, theirs.gt_stage_ratio = self.device, 1.0
         bf16 = torch.autocast(self.device, torch.bfloat16, enabled=precision == "bf16")
-        targets = {f"{head}_targets": stage[head] + tau[head] for head in STAGES}
+        targets = {f"{head}_targets": batch.stage[head] + batch.tau[head] for head in batch.stage}
         features = {
-            "video_features": windows.images[:, 0],
-            "text_features": windows.text,
-            "state_features": windows.state,
+            "video_features": batch.windows.images[:, 0],
+            "text_features": batch.windows.text,
+            "state_features": batch.windows.state,
         }
         with torch.no_grad():
             with bf16:
-                mine = float(ours(batch.to(torch.device(self.device)))["loss"])
-            other = float(theirs({**features, **targets, "lengths": windows.lengths})[0])
+                mine = float(training.SarmLoss(sarm)(batch.to(torch.device(self.device)))["loss"])
+            other = float(theirs({**features, **targets, "lengths": batch.windows.lengths})[0])
         return abs(mine - other)
 
     # --- encoding -------------------------------------------------------------------------------------------------------
