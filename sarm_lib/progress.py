@@ -221,8 +221,13 @@ def ensure_progress(
             np.savez(file, **found)
     processes.wait_for_everyone()
     if processes.is_main_process:
-        parts = [np.load(work / f"{number}.npz") for number, _ in todo]
-        write_progress(path, dataset, {head: np.concatenate([p[head] for p in parts]) for head in heads}, provenance)
+        whole = {head: np.full(dataset.num_frames, np.nan, dtype=np.float32) for head in heads}
+        for number, block in todo:
+            rows = slice(block[0].rows.start, block[-1].rows.stop)
+            with np.load(work / f"{number}.npz") as part:  # which holds its file open until it is closed
+                for head in heads:
+                    whole[head][rows] = part[head]
+        write_progress(path, dataset, whole, provenance)
         remove(work)
     processes.wait_for_everyone()
     return f"scored {dataset.num_frames:,} frames"

@@ -1,6 +1,9 @@
 """Scoring: equal to LeRobot's on the same features, and a file that LeRobot reads."""
 
+import os
+import resource
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -180,3 +183,45 @@ def test_a_stopped_run_scores_the_rest(parts, tmp_path, monkeypatch):
     ensure("stopped.parquet")
     assert len(scored) == 1 + len(dataset.episodes)  # the one at which it stopped comes twice
     assert (tmp_path / "stopped.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_that_share_the_blocks_score_each_once_and_give_the_bytes_of_one(
+    parts, tmp_path, monkeypatch, processes
+):
+    config, dataset, embeddings, model, _ = parts
+    monkeypatch.setattr(progress, "blocks", lambda episodes: [[e] for e in episodes])
+    ensure = lambda name: progress.ensure_progress(tmp_path / name, config, dataset, embeddings, model, "m")  # noqa: E731
+    ensure("alone.parquet")
+    scored, real = [], progress.score_episodes
+
+    def noted(sarm, store, episodes, *rest, **options):
+        scored.extend(episode.index for episode in episodes)
+        return real(sarm, store, episodes, *rest, **options)
+
+    monkeypatch.setattr(progress, "score_episodes", noted)
+    for rank in reversed(range(processes)):  # one after the other, the one that puts the blocks together last
+        here = SimpleNamespace(
+            process_index=rank, num_processes=processes, is_main_process=rank == 0, wait_for_everyone=lambda: None
+        )
+        monkeypatch.setattr(progress, "share", lambda device, here=here: here)
+        before = len(scored)
+        ensure("shared.parquet")
+        assert 0 < len(scored) - before < len(dataset.episodes)
+    assert sorted(scored) == [episode.index for episode in dataset.episodes]
+    assert (tmp_path / "shared.parquet").read_bytes() == (tmp_path / "alone.parquet").read_bytes()
+
+
+def test_putting_blocks_together_holds_few_files_open(parts, tmp_path, monkeypatch):
+    config, dataset, embeddings, model, _ = parts
+    monkeypatch.setattr(progress, "blocks", lambda episodes: [[e] for e in episodes])
+    free = [os.open(os.devnull, os.O_RDONLY) for _ in range(len(dataset.episodes) - 2)]  # the lowest numbers there are
+    for number in free:
+        os.close(number)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free[-1] + 1, hard))
+    try:
+        progress.ensure_progress(tmp_path / "p.parquet", config, dataset, embeddings, model, "m")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert pq.read_table(tmp_path / "p.parquet").num_rows == dataset.num_frames
