@@ -73,8 +73,10 @@ class Encoder:
         return self.embed(self.pixels(images))
 
     def pixels(self, images: np.ndarray) -> Tensor:
-        """(B, H, W, 3) uint8 images as the model sees them: resized, cropped and normalised, (B, 3, S, S) on the CPU."""
-        return self.processor(images=torch.from_numpy(images).permute(0, 3, 1, 2), return_tensors="pt").pixel_values
+        """(B, H, W, 3) uint8 images as the model sees them: resized, cropped and normalised, (B, 3, S, S), all of it on the
+        encoder's device."""
+        images = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2)
+        return self.processor(images=images, return_tensors="pt").pixel_values
 
     @torch.inference_mode()
     def embed(self, pixels: Tensor) -> Tensor:
@@ -253,20 +255,24 @@ def _encode(dataset: Dataset, todo: list[tuple[str, str, Episode]], encoder: Enc
     unless a stopped run left it. A thread decodes and resizes ahead of the encoder, also from one episode to the next."""
     size, left = settings.encode_batch_size, [row for row in todo if not (work / f"{row[0]}.npy").exists()]
 
-    def batches() -> Iterator[tuple[str, Tensor, bool]]:
+    def batches() -> Iterator[tuple[tuple[str, str, Episode], Tensor | None]]:
         # Batches end with their episode, so that an embedding is the same to the bit whichever process makes it, and when.
-        for shown, key, episode in left:
-            images = (image for _, image in dataset.iterate_frames(key, (episode,)))
-            for number, batch in enumerate(batched(images, size), start=1):
-                yield shown, encoder.pixels(np.stack(batch)), number * size >= episode.length
+        for row in left:
+            images = (image for _, image in dataset.iterate_frames(row[1], (row[2],)))
+            for batch in batched(images, size):
+                yield row, encoder.pixels(np.stack(batch))
+            yield row, None  # its end
 
     frames, found = sum(episode.length for *_, episode in todo), []
     before = frames - sum(episode.length for *_, episode in left)
     with bar(total=frames, initial=before, desc="encoding", unit="frame") as encoded:
-        for shown, pixels, last in ahead(batches(), 2):
-            found.append(encoder.embed(pixels).numpy())
-            encoded.update(len(pixels))
-            if last:
+        for (shown, key, episode), pixels in ahead(batches(), 2):
+            if pixels is not None:
+                found.append(encoder.embed(pixels).numpy())
+                encoded.update(len(pixels))
+            elif (given := sum(map(len, found))) != episode.length:
+                raise DatasetError(f"episode {episode.index}, {key}: {given} embeddings of {episode.length} frames")
+            else:
                 with staged(work / f"{shown}.npy") as partial, partial.open("wb") as file:
                     np.save(file, np.concatenate(found).astype(settings.store_dtype))
                 found = []

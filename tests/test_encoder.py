@@ -117,6 +117,30 @@ def test_two_processes_encode_and_score_what_one_does(project, tmp_path):
     assert made[0] == made[2] and made[1] == made[3] and len(made[0]) == 3
 
 
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize(
+    "size", [4, 7, 64]
+)  # an episode has 14 frames: batches that end with it, before it, or never fill
+@pytest.mark.parametrize("change", [-1, 1])
+def test_an_episode_that_gives_too_few_or_too_many_pictures_is_named(monkeypatch, size, change):
+    iterate = datasets.Dataset.iterate_frames
+
+    def changed(self, key, episodes):
+        frames = list(iterate(self, key, episodes))
+        return iter(frames[:-1] if change < 0 else frames + frames[-1:])
+
+    monkeypatch.setattr(datasets.Dataset, "iterate_frames", changed)
+    with pytest.raises(datasets.DatasetError, match=f"episode 0, {CAMERAS[0]}: {14 + change} embeddings of 14 frames"):
+        encode({"prepare.encode_batch_size": size})
+
+
+def test_pictures_are_resized_on_the_encoder_s_device(tiny_encoder, monkeypatch):
+    clip, images = encoder.load(str(tiny_encoder)), np.zeros((2, 48, 40, 3), np.uint8)
+    assert clip.pixels(images).device.type == "cpu"
+    monkeypatch.setattr(clip, "device", torch.device("meta"))  # from which nothing can be copied back
+    assert clip.pixels(images).device.type == "meta" and clip.pixels(images).shape == (2, 3, 32, 32)
+
+
 def test_the_whole_of_clip_gives_the_same_embeddings():
     """On the demo's encoder: faster products and a last layer for one token change nothing but rounding."""
     from transformers import CLIPModel
