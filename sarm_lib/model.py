@@ -10,6 +10,7 @@ Parameters have LeRobot's names and shapes, so a checkpoint of one camera and 51
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import torch
@@ -73,16 +74,13 @@ class StreamTransformer(nn.Module):
         """
         x = self.embed(windows, last)
         batch, streams, length, width = x.shape
-        shared, asked = streams - len(last), torch.arange(length, device=x.device)[read]
-        # Attention is causal over the flat order: late positions of a stream that no other one follows reach nothing.
-        kept = torch.ones(streams, length, dtype=torch.bool, device=x.device)
-        kept[shared if last else -1 :, asked[-1] + 1 :] = False
-        number = kept.flatten().cumsum(0).view(streams, length) - 1
-        kept = kept.flatten()
-        seen = _seen(shared, len(last), length, x.device)[kept][:, kept]
+        shared = streams - len(last)
+        # Made on the CPU: a GPU would be waited for, to learn how many tokens there are.
+        tokens = _reached(shared, len(last), length, read)
+        kept, seen, asked = (index.to(x.device, non_blocking=True) for index in tokens)
         valid = windows.valid[:, None].expand(batch, streams, length).flatten(1)[:, kept]
-        h = _run(self.transformer.layers, x.flatten(1, 2)[:, kept], seen, valid, number[:, asked].flatten())
-        h = h.view(batch, streams, len(asked), width).transpose(1, 2)
+        h = _run(self.transformer.layers, x.flatten(1, 2)[:, kept], seen, valid, asked)
+        h = h.view(batch, streams, -1, width).transpose(1, 2)
         before, alternatives = h[:, :, :shared], h[:, :, shared:]
         return [self._fuse(before, x) for x in alternatives.split(1, dim=2)] if last else [self._fuse(before)]
 
@@ -99,14 +97,23 @@ class StreamTransformer(nn.Module):
         return torch.cat(streams, dim=1)
 
 
-def _seen(shared: int, alternatives: int, length: int, device: torch.device) -> Tensor:
-    """(L, L) bool over the flat order of streams: which tokens (columns) a token (row) may attend to."""
-    tokens = (shared + alternatives) * length
-    seen = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
+@lru_cache
+@torch.inference_mode(False)  # training uses them too
+def _reached(shared: int, alternatives: int, length: int, read: slice) -> tuple[Tensor, Tensor, Tensor]:
+    """What positions `read` of every stream are computed from, by places in the flat order of streams, on the CPU: the
+    tokens (L,) that reach them; which of these (columns) one of them (row) may attend to, (L, L) bool; and where among them
+    the positions are, (streams · n,)."""
+    streams, asked = shared + alternatives, list(range(length)[read])
+    # Attention is causal over the flat order: late positions of a stream that no other one follows reach nothing.
+    kept = torch.ones(streams, length, dtype=torch.bool)
+    kept[shared if alternatives else -1 :, asked[-1] + 1 :] = False
+    seen = torch.ones(streams * length, streams * length, dtype=torch.bool).tril()
     for i in range(alternatives):
         mine = slice((shared + i) * length, (shared + i + 1) * length)
         seen[mine, shared * length : mine.start] = False
-    return seen
+    number = kept.flatten().cumsum(0).view(streams, length) - 1
+    kept = kept.flatten().nonzero().squeeze(1)
+    return kept, seen[kept][:, kept], number[:, asked].flatten()
 
 
 class _Packing:

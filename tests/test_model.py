@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sarm_lib import kernels
+from sarm_lib import kernels, model
 from sarm_lib.artifacts import file_digest
 from sarm_lib.checkpoint import RewardModel, checkpoint_digest, expressible, load_reward_model, save_reward_model
 from sarm_lib.model import Sarm, SarmSpec
@@ -167,6 +167,17 @@ def test_gradients_are_those_of_the_plain_forward():
         found.append([p.grad.clone() for p in ours.stage_model.parameters() if p.grad is not None])
     for one, two in zip(*found, strict=True):
         torch.testing.assert_close(one, two, atol=2e-5, rtol=1e-4)
+
+
+def test_a_model_that_scored_can_be_trained_on_windows_of_the_same_length():
+    """What both keep for the next time does not come from a mode in which nothing can be learned."""
+    model._reached.cache_clear()
+    ours = reward_model(spec()).sarm
+    batch = windows(ours.spec, [9, 13])
+    with torch.inference_mode():
+        ours.predict(batch, ["sparse", "dense"])
+    ours.predict(batch, ["sparse", "dense"])["dense"].tau.sum().backward()
+    assert all(p.grad.abs().max() > 0 for p in ours.subtask_model.transformer.parameters())
 
 
 def test_a_single_stage_needs_no_stage_model():
