@@ -4,7 +4,7 @@
 # make pages   store anew what the notebooks say, against which the tests compare them (then: git diff tests/expected)
 # make scorecard   train and measure the ablations of SARM (about half an hour)
 # make experiment   policies with and without the weights, and every control, in the simulator (hours; resumable; needs OpenGL)
-# make bench   speed beside LeRobot's own code, memory, what half precision changes, whether compiling pays (half an hour)
+# make bench   speed beside LeRobot's own code, memory, what half precision changes, whether compiling pays (about an hour)
 # make demo    record the demo dataset again (needs OpenGL)
 # Each builds what it needs. PYTHON=/path/to/python3.12 chooses the interpreter.
 

@@ -7,7 +7,7 @@
 
 They run on as many GPUs and machines as `accelerate config` was told; machines need one `outputs/` that all of them see. The
 functions are those that the notebooks call, and what they make does not depend on how many processes of as many threads
-there are (training: but for rounding).
+there are. In training that is but for rounding, and with a dropout of 0 only: each process draws masks of its own.
 """
 
 import argparse
