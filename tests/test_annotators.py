@@ -6,8 +6,10 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
@@ -411,6 +413,42 @@ def test_ends_that_are_the_next_ones_first_frames_become_last_frames(lengths, be
     assert recorded._closed(apart, edges[-1]) == tuple(apart)
 
 
+@settings(max_examples=200)
+@given(st.data(), st.booleans(), st.booleans())
+def test_a_row_that_cannot_be_read_is_a_failure_of_its_episode_alone(data, times, prefixed):
+    """A value too few or too many, or one that is no number or name; whatever the row, the others are read."""
+    prefix, suffix = "sparse_" if prefixed else "", "times" if times else "frames"
+    bounds = [f"{prefix}subtask_{end}_{suffix}" for end in ("start", "end")]
+    rows = [
+        {
+            "episode_index": i,
+            "length": 20,
+            f"{prefix}subtask_names": ["go", "come back"],
+            bounds[0]: [0, (i + 5) / (10 if times else 1)],
+            bounds[1]: [(i + 4) / (10 if times else 1), 1.9 if times else 19],
+        }
+        for i in range(4)
+    ]
+
+    def read():
+        table = pd.DataFrame([{k: np.array(v) if isinstance(v, list) else v for k, v in row.items()} for row in rows])
+        return recorded._episode_columns(SimpleNamespace(table=table, fps=10), "sparse")
+
+    assert read() == {i: (Segment("go", 0, i + 4), Segment("come back", i + 5, 19)) for i in range(4)}
+    bad, column = data.draw(st.integers(0, 3)), data.draw(st.sampled_from([*bounds, f"{prefix}subtask_names"]))
+    values = rows[bad][column]
+    if column in bounds:
+        odd = st.sampled_from([None, float("nan"), float("inf"), "0"])
+        changed = odd.map(lambda value: [values[0], value]) | st.sampled_from([values[:1], [*values, 3], [], None])
+    else:
+        changed = st.sampled_from([values[:1], [*values, "go"], ["go", None]])
+    rows[bad][column] = data.draw(changed)
+    found = read()
+    assert [i for i in range(4) if isinstance(found[i], Failure)] == [bad] and found[bad].episode == bad
+    assert found[bad].reason.startswith(f"episode {bad}, {prefix}subtask_")
+    assert column in found[bad].reason and "correct it in the dataset, or mark the episode" in found[bad].reason
+
+
 def test_what_lerobots_own_annotation_tool_writes_is_valid(demos, tmp_path):
     import shutil
 
@@ -455,6 +493,11 @@ def test_annotation_columns_of_another_tool_are_read(demos, tmp_path):
     assert [r.episode for r in results if isinstance(r, Failure)] == [2]
     with pytest.raises(AnnotationError, match="none of these names is in the dataset; its labels are come back, go"):
         recorded.RecordedAnnotator(carried, {"sparse": ["fold"]})
+    carried.table["sparse_subtask_end_frames"] = None  # nothing can be read: that is no lack of labels
+    results = list(recorded.RecordedAnnotator(carried, SPARSE).annotate(carried.episodes))
+    reasons = [result.reason.split(":")[0] for result in results if result.episode != 2]
+    assert reasons[0] == "episode 0, sparse_subtask_end_frames has 0 values, and sparse_subtask_names 2"
+    assert len(set(reasons)) == 7
 
 
 def test_lerobots_language_rows_and_subtask_indices_are_read(demos, tmp_path):
@@ -477,7 +520,8 @@ def test_lerobots_language_rows_and_subtask_indices_are_read(demos, tmp_path):
             "tool_calls": None,
         }
 
-    rows = [[said("go", 0.0), said("come back", 0.6)]] * table.num_rows
+    episode = np.asarray(table["episode_index"])
+    rows = [[said("go", 0.0), said("come back", None if index == 2 else 0.6)] for index in episode]
     info = json.loads((root / "meta/info.json").read_text())
     info["features"] |= language_feature_info()
     (root / "meta/info.json").write_text(json.dumps(info))
@@ -485,19 +529,25 @@ def test_lerobots_language_rows_and_subtask_indices_are_read(demos, tmp_path):
     column = pa.array(rows)
     pq.write_table(table.append_column(LANGUAGE_PERSISTENT, column), path)
     opened = open_dataset(root)
-    first = next(iter(recorded.RecordedAnnotator(opened, {"sparse": NAMES["sparse"]}).annotate(opened.episodes)))
+    first, _, timeless, *others = recorded.RecordedAnnotator(opened, SPARSE).annotate(opened.episodes)
     assert first.sparse == (Segment("go", 0, 5), Segment("come back", 6, 13))
+    assert timeless.reason.startswith("episode 2, language_persistent.timestamp has None, which is no finite number")
+    assert all(isinstance(other, Annotation) for other in others)
 
     info["features"] = {k: v for k, v in info["features"].items() if not k.startswith("language")}
     info["features"]["subtask_index"] = {"dtype": "int64", "shape": (1,), "names": None}
     (root / "meta/info.json").write_text(json.dumps(info))
     index = (np.asarray(table["frame_index"]) >= 6).astype(np.int64)
+    index[np.flatnonzero(episode == 4)[7]] = 5
     pq.write_table(table.append_column("subtask_index", pa.array(index)), path)
     names = pa.table({"subtask_index": [0, 1], "subtask": ["go", "come back"]})
     pq.write_table(names, root / "meta/subtasks.parquet")
     opened = open_dataset(root)
-    second = next(iter(recorded.RecordedAnnotator(opened, {"sparse": NAMES["sparse"]}).annotate(opened.episodes)))
-    assert second.sparse == first.sparse
+    second = list(recorded.RecordedAnnotator(opened, SPARSE).annotate(opened.episodes))
+    assert second[0].sparse == first.sparse
+    assert [result.episode for result in second if isinstance(result, Failure)] == [4]
+    said = "episode 4, subtask_index is 5 at frame 7, which meta/subtasks.parquet does not name: correct it"
+    assert second[4].reason.startswith(said)
 
 
 # --- the demo's marks -----------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@
 Episode columns say which head they are of; labels of frames go to the head whose vocabulary has all their names.
 LeRobot's own tool answers in whole seconds: a segment ends at the frame where the next one starts, the last one perhaps
 after the video. These ends are taken for the first frame after the segment; what overlaps beyond that is for the gate.
+An episode whose labels cannot be read is a Failure of its own, and says where the dataset has to be mended.
 """
 
 import itertools
@@ -24,7 +25,7 @@ from sarm_lib.artifacts import code_digest, digest
 from sarm_lib.dataset import Dataset, Episode
 
 LANGUAGE, INDEX = "language_persistent", "subtask_index"
-Labels = dict[int, tuple[Segment, ...]]  # by episode
+Labels = dict[int, tuple[Segment, ...] | Failure]  # by episode
 
 
 class RecordedAnnotator:
@@ -39,13 +40,14 @@ class RecordedAnnotator:
             if names == [SINGLE_STAGE]:
                 self.labels[head] = {e.index: whole_episode(e) for e in dataset.episodes}
                 continue
-            found = {s.subtask for segments in self.labels[head].values() for s in segments}
-            if not found:
+            read = [label for label in self.labels[head].values() if not isinstance(label, Failure)]
+            found = {s.subtask for segments in read for s in segments}
+            if not self.labels[head]:
                 raise AnnotationError(
                     f"annotate.annotator dataset: it carries no {head} labels (looked for {head}_subtask_names in "
                     f"meta/episodes, {LANGUAGE} and {INDEX} in the data)"
                 )
-            if not found & set(names):
+            if found and not found & set(names):
                 raise AnnotationError(
                     f"annotate.{head}_subtasks: none of these names is in the dataset; its labels are "
                     f"{', '.join(sorted(found))}"
@@ -60,7 +62,10 @@ class RecordedAnnotator:
         for episode in episodes:
             segments = {head: self.labels[head].get(episode.index) for head in self.vocabulary}
             missing = [head for head, value in segments.items() if not value]
-            if missing:
+            unread = [value for value in segments.values() if isinstance(value, Failure)]
+            if unread:
+                yield unread[0]
+            elif missing:
                 yield Failure(episode.index, f"the dataset has no {missing[0]} labels for it")
             else:
                 yield Annotation(
@@ -76,23 +81,50 @@ def _episode_columns(dataset: Dataset, head: str) -> Labels:
         start_times, end_times = f"{prefix}subtask_start_times", f"{prefix}subtask_end_times"
         if names not in table or not ({starts, ends} <= set(table) or {start_times, end_times} <= set(table)):
             continue
-        labels = {}
+        in_frames = starts in table and ends in table
+        bounds, per_frame = ((starts, ends), 1) if in_frames else ((start_times, end_times), dataset.fps)
+        labels: Labels = {}
         for row in table.to_dict("records"):
             if not isinstance(row[names], np.ndarray | list) or not len(row[names]):
                 continue
-            if starts in row:
-                bounds = zip(row[names], row[starts], row[ends])
-            else:
-                frame = dataset.fps
-                bounds = (
-                    (n, round(s * frame), round(e * frame))
-                    for n, s, e in zip(row[names], row[start_times], row[end_times])
-                )
-            segments = [Segment(str(n), int(s), int(e)) for n, s, e in bounds]
-            labels[int(row["episode_index"])] = _closed(segments, int(row["length"]))
+            index = int(row["episode_index"])
+            try:
+                labels[index] = _closed(_segments(row, names, bounds, per_frame), int(row["length"]))
+            except AnnotationError as error:
+                labels[index] = _unread(index, error)
         if labels:
             return labels
     return {}
+
+
+def _segments(row: dict, names: str, bounds: tuple[str, str], per_frame: float) -> list[Segment]:
+    """Segments from a row's columns of names, starts and ends; `per_frame` times a bound is a frame.
+
+    Raises AnnotationError with the column where a name or a bound is missing or is none.
+    """
+    frames = []
+    for column in bounds:
+        values = row[column] if isinstance(row[column], np.ndarray | list) else []
+        if len(values) != len(row[names]):
+            raise AnnotationError(f"{column} has {len(values)} values, and {names} {len(row[names])}")
+        frames.append([_frame(value, column, per_frame) for value in values])
+    for name in row[names]:
+        if not isinstance(name, str):
+            raise AnnotationError(f"{names} has {name!r}, which is no name")
+    return [Segment(n, start, end) for n, start, end in zip(row[names], *frames, strict=True)]
+
+
+def _frame(value: object, column: str, per_frame: float) -> int:
+    """The frame that a number of `column` stands for. Raises AnnotationError where it is no finite number."""
+    if not isinstance(value, int | float | np.number) or not np.isfinite(value):
+        raise AnnotationError(f"{column} has {value}, which is no finite number")
+    return round(float(value) * per_frame)  # a float, as round leaves a numpy integer one
+
+
+def _unread(episode: int, why: object) -> Failure:
+    return Failure(
+        episode, f"episode {episode}, {why}: correct it in the dataset, or mark the episode (annotate.marks)"
+    )
 
 
 def _closed(segments: list[Segment], length: int) -> tuple[Segment, ...]:
@@ -113,16 +145,19 @@ def _language(dataset: Dataset) -> Labels:
         for row in pq.read_table(path, columns=["episode_index", LANGUAGE]).to_pylist():
             for said in row[LANGUAGE] or ():
                 if said["style"] == "subtask" and said["content"]:
-                    starts.setdefault(row["episode_index"], {})[float(said["timestamp"])] = said["content"]
-    labels = {}
+                    starts.setdefault(row["episode_index"], {})[said["timestamp"]] = said["content"]
+    labels: Labels = {}
     for episode in dataset.episodes:
-        begun = [
-            (min(round(t * dataset.fps), episode.length - 1), n)
-            for t, n in sorted(starts.get(episode.index, {}).items())
-        ]
+        said = starts.get(episode.index, {})
+        try:
+            begun = sorted((_frame(t, f"{LANGUAGE}.timestamp", dataset.fps), n) for t, n in said.items())
+        except AnnotationError as error:
+            labels[episode.index] = _unread(episode.index, error)
+            continue
         if begun:
+            begun = [(min(start, episode.length - 1), n) for start, n in begun]
             ends = [start - 1 for start, _ in begun[1:]] + [episode.length - 1]
-            labels[episode.index] = tuple(Segment(n, start, end) for (start, n), end in zip(begun, ends))
+            labels[episode.index] = tuple(Segment(n, start, end) for (start, n), end in zip(begun, ends, strict=True))
     return labels
 
 
@@ -137,8 +172,16 @@ def _subtask_index(dataset: Dataset) -> Labels:
         if "subtask" in table
         else table.reset_index().set_index("subtask_index").iloc[:, 0]
     )
-    names = [str(named[k]) for k in sorted(named.index)]
+    known = sorted(named.index)
+    names = [str(named[k]) for k in known]
     values = dataset.vectors(INDEX)[:, 0].astype(np.int64)
-    position = {k: i for i, k in enumerate(sorted(named.index))}
-    indices = np.array([position[v] for v in values])
-    return {e.index: segments_of(indices[e.rows], names) for e in dataset.episodes}
+    labels: Labels = {}
+    for episode in dataset.episodes:
+        own = values[episode.rows]
+        if len(unknown := np.flatnonzero(~np.isin(own, known))):
+            frame = unknown[0]
+            text = f"{INDEX} is {own[frame]} at frame {frame}, which meta/subtasks.parquet does not name"
+            labels[episode.index] = _unread(episode.index, text)
+        else:
+            labels[episode.index] = segments_of(np.searchsorted(known, own), names)
+    return labels
