@@ -6,12 +6,14 @@ import os
 import re
 import shutil
 import time
+import weakref
 from collections import Counter
 from decimal import Decimal
 from pathlib import Path
 from random import Random
 
 import pytest
+import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -381,6 +383,31 @@ def test_one_bad_episode_fails_alone(vlm):
     assert [type(result) for result in results] == [Annotation, Failure, Failure, Annotation]
     assert results[1].reason == "DatasetError: episode 1, observation.images.front: file-000.mp4 is missing"
     assert "the last segment starts at 0.0 seconds, where the video ends" in results[2].reason
+
+
+class TooSmall:
+    """Stands for a model: runs out of memory on more than one question, and does not answer while that batch is there."""
+
+    def __init__(self) -> None:
+        self.batches: list[weakref.ref] = []
+
+    def answer(self, questions, clips, seeds, temperature) -> list[str]:
+        pixels = torch.zeros(len(questions), 3)
+        if len(questions) > 1:
+            self.batches.append(weakref.ref(pixels))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        assert not any(batch() is not None for batch in self.batches), "the failed batch is still there"
+        return [json.dumps({"segments": [{"start": 0.0, "subtask": questions[0].names[0]}]})]
+
+
+def test_what_a_batch_took_is_given_back_before_its_episodes_are_asked_alone(caplog):
+    caplog.set_level("WARNING", "sarm")
+    dataset = Clips([20, 30, 25])
+    asked = ask_here(Path("no model"), dataset)
+    asked._loaded = TooSmall()
+    results = list(asked.annotate(dataset.episodes))
+    assert [type(result) for result in results] == [Annotation] * 3, results
+    assert len(asked._loaded.batches) == 1 and "asking one at a time: OutOfMemoryError" in caplog.text
 
 
 def test_a_model_that_is_not_there_is_one_clear_error(tmp_path):

@@ -62,13 +62,15 @@ class VlmAnnotator(Interviewer):
         try:
             return self._ask(episodes, held)
         except Exception as error:
-            if len(episodes) > 1:
-                log.warning("a batch of %d episodes failed, asking one at a time: %s", len(episodes), error)
-                return [result for episode in episodes for result in self._annotate([episode])]
-            (episode,) = episodes
-            log.debug("episode %d", episode.index, exc_info=True)
+            log.debug("%d episodes", len(episodes), exc_info=True)
             reason = f"{type(error).__name__}: {error}"
-            return [Failure(episode.index, reason, self.provenance(episode, held[episode.index]))]
+        # Only here, as the traceback holds on to the tensors of the batch: where memory was short, it would stay so.
+        torch.cuda.empty_cache()  # nothing where there is no GPU
+        if len(episodes) > 1:
+            log.warning("a batch of %d episodes failed, asking one at a time: %s", len(episodes), reason)
+            return [result for episode in episodes for result in self._annotate([episode])]
+        (episode,) = episodes
+        return [Failure(episode.index, reason, self.provenance(episode, held[episode.index]))]
 
     def _ask(self, episodes: Sequence[Episode], held: dict[int, dict[str, Interview]]) -> list[Annotation | Failure]:
         """Hold the interviews of a batch, by episode and head, in `held`."""
