@@ -109,7 +109,9 @@ def test_unlikely_durations_and_gaps_are_doubts():
     odd = Annotation(9, 60, "x", (Segment("reach", 0, 39), Segment("grasp", 40, 59)), None)
     found = agreement.doubts([*usual, odd], {"sparse": NAMES})
     unlikely = [f for f in found if f.rule == "unlikely duration"]
-    assert [(f.episode, f.subtask) for f in unlikely] == [(9, "reach")] and "40 frames, usual are 11" in str(unlikely[0])
+    assert [(f.episode, f.subtask) for f in unlikely] == [(9, "reach")] and "40 frames, usual are 11" in str(
+        unlikely[0]
+    )
     assert [f.episode for f in found if f.rule == "gap"] == [0, 1, 2, 3, 4, 5]
 
 

@@ -167,9 +167,7 @@ def principal_components(values: np.ndarray, rows: np.ndarray, count: int) -> np
     _, vectors = np.linalg.eigh((some - mean).T @ (some - mean))
     axes = vectors[:, ::-1][:, :count]
     axes = axes * np.sign(axes[np.abs(axes).argmax(0), np.arange(axes.shape[1])])  # the sign is arbitrary: fix it
-    starts = range(
-        0, len(values), CHUNK
-    )  # all embeddings at once in float64 are gigabytes
+    starts = range(0, len(values), CHUNK)  # all embeddings at once in float64 are gigabytes
     return np.concatenate([(values[i : i + CHUNK] - mean) @ axes for i in starts])
 
 
