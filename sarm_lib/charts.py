@@ -26,6 +26,7 @@ MOST_POINTS = 1200  # of a curve: twice its width in pixels
 MOST_ROWS = 5000  # of a chart: Altair takes no more
 MOST_EPISODES = 60  # of a chart that carries the curves of each; or rollouts
 # Of curves, for print without colours.
+SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-left", "triangle-right")
 DASHES = ([1, 0], [7, 3], [2, 2], [9, 2, 2, 2], [4, 4], [12, 3], [1, 3], [6, 2, 1, 2])
 VEGA_LITE_OF_LAB = "application/vnd.vegalite.v5+json"
 Segments = list[tuple[str, int, int]]
@@ -284,15 +285,17 @@ def linked_episodes(
 
     chosen = alt.selection_point(fields=["episode"], value=[{"episode": int(table.episode.iloc[0])}], toggle=False)
     legend = {"title": None} if len(groups) > 1 else {"legend": None}
+    shapes = [SHAPES[i % len(SHAPES)] for i in range(len(groups))]
     dots = (
         alt.Chart(table, title=title)
-        .mark_circle(stroke="black")
+        .mark_point(filled=True, stroke="black", opacity=1)
         .encode(
             x=alt.X("seconds:Q", title="length (s)", scale=alt.Scale(zero=False, padding=12)),
             y=alt.Y(f"{measure}:Q"),
             color=alt.Color("group:N", scale=stage_scale(groups), **legend),
+            shape=alt.Shape("group:N", scale=alt.Scale(domain=groups, range=shapes), **legend),
             size=alt.condition(chosen, alt.value(160), alt.value(60)),
-            strokeWidth=alt.condition(chosen, alt.value(2), alt.value(0)),
+            strokeWidth=alt.condition(chosen, alt.value(2), alt.value(0.5)),
             tooltip=["episode:Q", "group:N", "seconds:Q", alt.Tooltip(f"{measure}:Q", format=".3f")],
         )
         .add_params(chosen)
@@ -324,7 +327,8 @@ def linked_episodes(
         x=x, opacity=alt.condition(when, alt.value(1), alt.value(0)), tooltip=values
     )
     panel = (panel + reading.add_params(when) + name).properties(width=WIDTH, height=HEIGHT)
-    return alt.vconcat(dots, panel).resolve_scale(color="independent", size="independent", strokeDash="independent")
+    own = dict.fromkeys(("color", "shape", "size", "strokeDash"), "independent")
+    return alt.vconcat(dots, panel).resolve_scale(**own)
 
 
 def scorecard(figures: dict[str, dict[str, float]], metric: str, title: str) -> alt.LayerChart:
