@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import urllib.request
+import weakref
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from sarm_lib import annotations
 from sarm_lib.annotations import Annotation, AnnotationError
 from sarm_lib.annotators import Failure, question
-from sarm_lib.annotators.server import LONGEST_PAUSE, _Pace
+from sarm_lib.annotators.server import DECODED, LONGEST_PAUSE, ServerAnnotator, _Pace
 from tests.conftest import ROOT
 from tests.tiny_vlm import VOCABULARY, Clips, ask_server, kill_and_go_on
 
@@ -91,15 +92,56 @@ def test_the_estimate_counts_what_is_sent(server):
     asked = ask_server(server, dataset)
     pictures = [len(asked.shown(episode)) for episode in dataset.episodes]
     assert pictures == [4, 9]
-    sent = sum(len(part["image_url"]["url"]) for e in dataset.episodes for part in _pictures(asked, e))
+    sent = sum(len(picture) for episode in dataset.episodes for picture in asked.pictures(episode))
     estimate = asked.estimate(dataset.episodes)
     assert "tiny-vlm: 4 requests or more, 4 at once, with 26 pictures in all: about 0.0 MB" in estimate
     assert sent < 100_000
+    dataset.features[dataset.image_keys[0]]["shape"] = (480, 640, 3)
+    # of two requests the pictures, nine at most, as they are and in the body; of two episodes the raw frames
+    held = 2 * 2 * 9 * 480 * 640 * 0.35 * 4 / 3 + 2 * 9 * 480 * 640 * 3
+    assert f"1.3 MB a request and {held / 1e6:.0f} MB of memory" in asked.estimate(dataset.episodes)
 
 
-def _pictures(asked, episode) -> list[dict]:
-    parts = asked.content(asked.question(episode, "dense"), asked.frames(episode))
-    return [part for part in parts if part["type"] == "image_url"]
+def test_frames_are_encoded_once_for_all_heads_and_tries_and_then_let_go(server, monkeypatch):
+    """Raw frames take six times the memory of what is sent of them."""
+    dataset, raw, encoded, asked_for = Clips([6] * 6), [], [], []
+
+    def read_frames(*given):
+        frames = Clips.read_frames(dataset, *given)
+        raw.append(weakref.ref(frames))
+        return frames
+
+    def content(question, pictures):
+        parts = ServerAnnotator.content(asked, question, pictures)
+        sent = [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
+        assert sent == pictures and len(sent) == len(asked.shown(question.episode))
+        asked_for.append([frames() is None for frames in raw])
+        return parts
+
+    dataset.read_frames = read_frames
+    monkeypatch.setattr("sarm_lib.annotators.server.jpeg", lambda frame: encoded.append(1) or question.jpeg(frame))
+    asked = ask_server(server, dataset, use_grammar=False, max_attempts=3, in_flight=1)
+    asked.content = content
+    results = list(asked.annotate(dataset.episodes))
+    tries = sum(len(s["refused"]) for result in results for s in result.provenance["answers"].values())
+    assert tries > 0 and len(asked_for) > len(dataset.episodes)
+    assert all(gone for at_that_time in asked_for for gone in at_that_time)
+    assert len(encoded) == sum(len(asked.shown(episode)) for episode in dataset.episodes)
+
+
+def test_however_many_episodes_are_in_flight_few_have_their_raw_frames_in_memory(server):
+    dataset, raw, at_once = Clips([20] * 12), [], []
+
+    def read_frames(*given):
+        frames = Clips.read_frames(dataset, *given)
+        raw.append(weakref.ref(frames))
+        time.sleep(0.05)
+        at_once.append(sum(held() is not None for held in raw))
+        return frames
+
+    dataset.read_frames = read_frames
+    assert len(list(ask_server(server, dataset, in_flight=12).annotate(dataset.episodes))) == 12
+    assert max(at_once) == DECODED
 
 
 class Crowded(BaseHTTPRequestHandler):

@@ -16,8 +16,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from sarm_lib.annotations import Annotation, AnnotationError
 from sarm_lib.annotators import Failure
 from sarm_lib.annotators.question import Interview, Interviewer, Question, jpeg, stamp
@@ -26,6 +24,7 @@ from sarm_lib.dataset import Episode
 TOO_MANY = (429, 503)  # requests: the answers of a rate limit, and of a server that is full
 LONGEST_PAUSE = 120.0  # seconds
 JPEG_BYTES = 0.35 * 4 / 3  # of a pixel, as base64
+DECODED = 4  # episodes at once, whose raw frames are in memory
 
 
 @dataclass(kw_only=True)
@@ -44,14 +43,16 @@ class ServerAnnotator(Interviewer):
         return {**super().identity, "use_grammar": self.use_grammar}
 
     def estimate(self, episodes: Sequence[Episode]) -> str:
-        """What will be sent; how long it takes is the server's affair."""
+        """What will be sent, and held here meanwhile; how long it takes is the server's affair."""
         pictures = [len(self.shown(episode)) for episode in episodes]
         height, width = self.picture_size
-        size, heads = height * width * JPEG_BYTES / 1e6, len(self.asked)
+        size, heads, widest = height * width * JPEG_BYTES / 1e6, len(self.asked), max(pictures, default=0)
+        asking, raw = min(self.in_flight, len(episodes)), 3 * height * width / 1e6
+        held = widest * (2 * asking * size + min(DECODED, asking) * raw)  # twice: a request's body is a copy
         return (
             f"Estimate for {self.model}: {heads * len(episodes):,} requests or more, {self.in_flight} at once, with "
             f"{heads * sum(pictures):,} pictures in all: about {heads * sum(pictures) * size:,.1f} MB to send, up to "
-            f"{max(pictures, default=0) * size:.1f} MB a request; the time depends on the server"
+            f"{widest * size:.1f} MB a request and {held:,.0f} MB of memory; the time depends on the server"
         )
 
     def annotate(self, episodes: Sequence[Episode]) -> Iterator[Annotation | Failure]:
@@ -89,6 +90,7 @@ class ServerAnnotator(Interviewer):
         import openai
 
         limit = asyncio.Semaphore(self.in_flight)  # of episodes, which ask one request after the other
+        decoding = asyncio.Semaphore(DECODED)
         pace = _Pace()
         async with openai.AsyncOpenAI(
             http_client=openai.DefaultAsyncHttpxClient(event_hooks={"request": [pace.wait], "response": [pace.hear]}),
@@ -100,7 +102,7 @@ class ServerAnnotator(Interviewer):
 
             async def one(episode: Episode) -> None:
                 async with limit:
-                    results.put(await self._episode(client, episode))
+                    results.put(await self._episode(client, decoding, episode))
 
             if self.asked:
                 await self._check(client)
@@ -138,17 +140,18 @@ class ServerAnnotator(Interviewer):
             )
         return error
 
-    async def _episode(self, client, episode: Episode) -> Annotation | Failure:
+    async def _episode(self, client, decoding: asyncio.Semaphore, episode: Episode) -> Annotation | Failure:
         """What is wrong with one episode is its Failure; what is wrong with the server is raised."""
         import openai
 
         refusals = (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError)
         held: dict[str, Interview] = {}
         try:
-            frames = await asyncio.to_thread(self.frames, episode) if self.asked else np.empty(0)
+            async with decoding:
+                pictures = await asyncio.to_thread(self.pictures, episode) if self.asked else []
             for head in self.asked:
                 held[head] = Interview(self.question(episode, head))
-                await self._hold(client, held[head], frames)
+                await self._hold(client, held[head], pictures)
             return self.annotation(episode, held)
         except openai.APITimeoutError:
             reason = f"no answer within {self.timeout:g} seconds (annotate.server_timeout)"
@@ -158,11 +161,11 @@ class ServerAnnotator(Interviewer):
             reason = f"{type(error).__name__}: {error}"
         return Failure(episode.index, reason, self.provenance(episode, held))
 
-    async def _hold(self, client, interview: Interview, frames: np.ndarray) -> None:
+    async def _hold(self, client, interview: Interview, pictures: list[str]) -> None:
         """Ask until an answer is valid. Raises AnnotationError where none is in `max_attempts` tries."""
         question = interview.question
         for attempt in range(self.max_attempts):
-            messages = [{"role": "user", "content": await asyncio.to_thread(self.content, question, frames)}]
+            messages = [{"role": "user", "content": self.content(question, pictures)}]
             if interview.refused:
                 last = interview.refused[-1]
                 again = f"This answer is not valid: {last['reason']}. Answer again, with JSON only."
@@ -182,11 +185,14 @@ class ServerAnnotator(Interviewer):
                 return
         raise AnnotationError(interview.complaint)
 
-    def content(self, question: Question, frames: np.ndarray) -> list[dict]:
+    def pictures(self, episode: Episode) -> list[str]:
+        """The frames that the model sees, as data URLs: all that stays of an episode in memory, for every head and try."""
+        return [f"data:image/jpeg;base64,{base64.b64encode(jpeg(frame)).decode()}" for frame in self.frames(episode)]
+
+    def content(self, question: Question, pictures: list[str]) -> list[dict]:
         """The question as parts of a message: each frame after its time, as Qwen3-VL writes it, then the text."""
         parts = []
-        for index, frame in zip(self.shown(question.episode), frames):
-            picture = f"data:image/jpeg;base64,{base64.b64encode(jpeg(frame)).decode()}"
+        for index, picture in zip(self.shown(question.episode), pictures, strict=True):
             parts.append({"type": "text", "text": stamp(index, question.fps)})
             parts.append({"type": "image_url", "image_url": {"url": picture}})
         return [*parts, {"type": "text", "text": question.prompt}]
