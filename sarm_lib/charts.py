@@ -526,12 +526,12 @@ def contact_sheet(images: np.ndarray, columns: int = 15, width: int = 1500) -> I
 
 
 def confusion(table: pd.DataFrame, title: str, rows: str = "reference", columns: str = "annotation") -> alt.LayerChart:
-    """Shares of a reference's frames (rows) by what the other says (columns)."""
-    cells = table.rename_axis(rows).reset_index().melt(rows, var_name=columns, value_name="share")
+    """Shares of a reference's frames (rows) by what the other says (columns); both named by any text."""
+    cells = table.rename_axis("row").reset_index().melt("row", var_name="column", value_name="share")
     order = list(table.index)
     base = alt.Chart(cells, title=title).encode(
-        x=alt.X(f"{columns}:N", sort=order, axis=alt.Axis(labelAngle=-20, labelLimit=220)),
-        y=alt.Y(f"{rows}:N", sort=order, axis=alt.Axis(labelLimit=220)),
+        x=alt.X("column:N", title=columns, sort=order, axis=alt.Axis(labelAngle=-20, labelLimit=220)),
+        y=alt.Y("row:N", title=rows, sort=order, axis=alt.Axis(labelLimit=220)),
     )
     scale = alt.Scale(domain=[0, 1], range=["#FFFFFF", PREDICTED], interpolate="rgb")
     fill = base.mark_rect(stroke="#EEEEEE").encode(color=alt.Color("share:Q", scale=scale, legend=None))

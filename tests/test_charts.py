@@ -6,6 +6,7 @@ import altair as alt
 import numpy as np
 import pandas as pd
 import pytest
+import vl_convert
 
 from sarm_lib import charts
 
@@ -116,3 +117,9 @@ def test_linked_episodes_carry_the_first_ones_within_a_limit_and_begin_with_the_
     assert [p["value"] for p in spec["params"] if "value" in p] == [[{"episode": 5}]]
     short = linked(predicted=np.array([0.0, 0.5]), target=np.array([0.0, 1.0])).to_dict()
     assert {"episode": 6, "time": 0.033, "predicted": 0.5, "target": 1.0} in max(short["datasets"].values(), key=len)
+
+
+def test_stages_are_compared_with_anything_that_has_a_name():
+    table = pd.DataFrame([[0.9, 0.1], [0.0, 1.0]], index=["it's", "b.c"], columns=["it's", "b.c"])
+    chart = charts.confusion(table, "Stages", "simulator's truth", "it's [said]")
+    assert vl_convert.vegalite_to_png(chart.to_json()).startswith(b"\x89PNG")
