@@ -36,8 +36,8 @@ ABOUT_FRAMES = [
     "frame_agreement",
     "segment_iou",
 ]  # columns of `summary`; one table would be too wide
-ABOUT_BOUNDARIES = ["boundary_error_frames", "boundary_error_p90_frames"]
-ABOUT_BOUNDARIES += ["boundaries_missed", "boundaries_extra", "retries", "retry_recall", "retry_precision"]
+ABOUT_BOUNDARIES = ["boundary_error_frames", "boundaries_missed", "boundaries_extra"]
+ABOUT_BOUNDARIES += ["retries", "retry_recall", "retry_precision"]
 
 BY_HAND = ("manual", "corrected")  # annotators that are people
 
