@@ -3,18 +3,23 @@
     python -m benchmarks.speed [--only progress_dual_fp32 ...]
 
 Both sides get the same dataset (a few seconds of the demo's frames), the same randomly initialised ViT-B/32-shaped encoder
-and the same full-size SARM (768 wide, 8 layers), loaded beforehand, on one thread of one core.
+and the same full-size SARM (768 wide, 8 layers), loaded and run once beforehand, on one thread of one core. SARM's random
+weights are such that stages and progress differ from frame to frame: `std` says how much, beside the largest difference and
+the mean one. In bf16 the largest is that of a frame whose two best stages are nearly alike and change places.
 
 progress_*     seconds for the progress of every frame by both heads, or one: LeRobot's `compute_rabc_weights` against
-               decoding, encoding, storing and scoring here. bf16 is ours alone: LeRobot's is measured in fp32
+               decoding, encoding, storing and scoring here. LeRobot's is measured in fp32; bf16 is our encoding alone,
+               and `scored_in_bf16` within that row our scoring too
 train_dual_*   seconds for a training step, the worse ratio of batches of 8 and of 32. LeRobot's begins with a batch of
-               decoded frames, ours with drawing one from the store. The difference is that of the losses of one batch
+               decoded frames, ours with drawing one from the store. The difference is that of the losses of one batch.
+               `with_average` are the seconds with the moving average of the weights, which LeRobot does not have
 rabc_build_*   seconds from a progress file to weights of one and of five million frames: `RABCWeights` against `rabc.compute`
 rabc_batch     seconds for the weights of a batch of 32
 encode_vs_bare frames a second of decoding, encoding and storing, against the encoder's bare forward pass on ready pixels
 
-Ours is measured before and after LeRobot's, and the median counts. On a machine with a GPU the first three kinds are
-measured there too, as `*_gpu`. Results are merged into benchmarks/speed.json.
+Ours is measured before and after LeRobot's, and the median counts. On a machine with a GPU the first two kinds and the last
+are measured there too, as `*_gpu`: on all cores, with up to eight threads, and ours on some 2,000 frames, of which LeRobot's
+is given the first `lerobot_frames`; the ratio is that of the seconds a frame. Results are merged into benchmarks/speed.json.
 """
 
 import argparse
@@ -30,10 +35,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from itertools import batched
 from pathlib import Path
 from unittest import mock
 
-FRAMES, EPISODES, TASK = 32, 3, "pick up the nut and place it on the peg"
+TASK = "pick up the nut and place it on the peg"
+LENGTHS = {"cpu": [32] * 3, "cuda": [32] * 3 + [100] * 23}  # most frames of each episode
+LEROBOTS = 3  # LeRobot's side takes the first episodes
+GPU_THREADS = 8
 STAGES = {"sparse": ["pick up", "place"], "dense": ["reach", "grasp", "lift", "carry", "lower"]}
 SHARES = {"sparse": [0.55, 0.45], "dense": [0.2, 0.15, 0.15, 0.35, 0.15]}
 CAMERA, STATE = "observation.images.front", "observation.state"
@@ -49,8 +58,9 @@ ON_GPU = ("progress_dual_fp32", "progress_single_fp32", "progress_dual_bf16", "t
 # --- what both sides are given ------------------------------------------------------------------------------------------
 
 
-def make_dataset(folder: Path) -> Path:
-    """A LeRobot dataset of the demo's first frames, with annotations: LeRobot's script wants some."""
+def make_dataset(folder: Path, lengths: list[int]) -> Path:
+    """A LeRobot dataset of the demo's first episodes, so many frames of each or all, spread over it, with annotations:
+    LeRobot's script wants some."""
     import numpy as np
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
@@ -66,29 +76,30 @@ def make_dataset(folder: Path) -> Path:
         "action": {"dtype": "float32", "shape": (4,), "names": None},
     }
     raw = LeRobotDataset.create("bench/raw", demo.fps, features, root=folder / "raw")
-    for episode in demo.episodes[:EPISODES]:
-        images = demo.read_frames(episode, CAMERA, range(FRAMES))
-        for t, row in enumerate(range(episode.row, episode.row + FRAMES)):
+    for episode, most in zip(demo.episodes, lengths):
+        shown = np.linspace(0, episode.length - 1, min(most, episode.length)).round().astype(int)
+        for image, row in zip(demo.read_frames(episode, CAMERA, shown), episode.row + shown, strict=True):
             numbers = {STATE: demo.states[row], "action": demo.actions[row]}
-            raw.add_frame({CAMERA: images[t], **numbers, "task": TASK})
+            raw.add_frame({CAMERA: image, **numbers, "task": TASK})
         raw.save_episode(parallel_encoding=False)
     raw.finalize()
     dataset, annotations = open_dataset(folder / "raw"), []
     for episode in dataset.episodes:
         heads = {}
         for head, names in STAGES.items():
-            edges = np.linspace(0, FRAMES, len(names) + 1).round().astype(int)
+            edges = np.linspace(0, episode.length, len(names) + 1).round().astype(int)
             heads[head] = tuple(
                 Segment(n, int(a), int(b) - 1) for n, a, b in zip(names, edges, edges[1:], strict=False)
             )
-        annotations.append(Annotation(episode.index, FRAMES, "manual", **heads))
+        annotations.append(Annotation(episode.index, episode.length, "manual", **heads))
     shares = {head: dict(zip(STAGES[head], SHARES[head], strict=True)) for head in STAGES}
     lerobot_io.write_annotated_dataset(dataset, annotations, shares, folder / "bench/demo")
     return folder / "bench/demo"
 
 
 def make_encoder(folder: Path) -> Path:
-    """CLIP ViT-B/32 with random weights, and the demo's tokenizer."""
+    """CLIP ViT-B/32 with random weights, and the demo's tokenizer. The image tower's weights are wider than usual: pictures of
+    an episode then differ by a sixth of their embeddings' length, and otherwise by a thirtieth."""
     import torch
     from transformers import AutoTokenizer, CLIPConfig, CLIPModel, CLIPProcessor
     from transformers.models.clip import CLIPImageProcessor
@@ -96,29 +107,57 @@ def make_encoder(folder: Path) -> Path:
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained("data/demo/encoder")
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    config = CLIPConfig(text_config={"vocab_size": len(tokenizer), **special}, projection_dim=512)
+    wider = {"initializer_factor": 5.0}
+    config = CLIPConfig(text_config={"vocab_size": len(tokenizer), **special}, vision_config=wider, projection_dim=512)
     CLIPModel(config).save_pretrained(folder)
     CLIPProcessor(image_processor=CLIPImageProcessor(), tokenizer=tokenizer).save_pretrained(folder)
     return folder
 
 
-def make_reward_model(folder: Path, dataset: Path, mode: str) -> Path:
+def make_reward_model(folder: Path, mode: str, dataset: Path, demos, embeddings) -> Path:
     """The full-size SARM with random weights, in LeRobot's format, normalised as LeRobot normalises this dataset."""
     import numpy as np
     import torch
 
     from sarm_lib.checkpoint import RewardModel, save_reward_model
     from sarm_lib.model import Sarm, SarmSpec
+    from sarm_lib.progress import frame_store
     from sarm_lib.windows import WindowSpec
 
     torch.manual_seed(0)
     stages = {"sparse": ["task"]} if mode == "single_stage" else STAGES
     shares = {"sparse": [1.0]} if mode == "single_stage" else SHARES
-    sarm = Sarm(SarmSpec(WindowSpec("centred", 8, 3, 4), stages, shares, mode, **SIZE))
+    sarm = Sarm(SarmSpec(WindowSpec("centred", 8, 3, 4), stages, shares, mode, **SIZE)).eval()
     statistics = json.loads((dataset / "meta/stats.json").read_text())[STATE]
     mean, std = (np.array(statistics[name], dtype=np.float32) for name in ("mean", "std"))
-    save_reward_model(RewardModel(sarm, (CAMERA,), STATE, mean, std, "clip", None, None), folder, {}, [])
+    model = RewardModel(sarm, (CAMERA,), STATE, mean, std, embeddings.encoder, None, None)
+    widen(sarm, frame_store(demos, embeddings, model))
+    save_reward_model(model, folder, {}, [])
     return folder
+
+
+def widen(sarm, store) -> None:
+    """Scale the heads of an untrained `sarm` until frames differ: logits get the mean 0, and stages' a standard deviation of 1,
+    that of τ 0.25 (more would multiply the encoder's rounding). As LeRobot initialises them, τ varies by less than 0.01 and
+    most frames have the same dense stage: a comparison of φ would show little."""
+    import numpy as np
+    import torch
+
+    window, rows = sarm.spec.window, np.arange(len(store.start))[:100]
+    frames = window.observed(rows - store.start[rows], store.length[rows]) + store.start[rows][:, None]
+    windows = store.gather(frames, np.full(len(rows), window.length), store.task_texts(rows))
+
+    def standardise(head: torch.nn.Linear, logits: torch.Tensor, std: float) -> None:
+        was, mean = torch.std_mean(logits, 0)
+        head.weight *= (std / was)[:, None]
+        head.bias.copy_((head.bias - mean) * std / was)
+
+    with torch.no_grad():
+        for head, logits in sarm.stage_logits(windows, sarm.spec.heads).items():
+            if sarm.spec.num_stages(head) > 1:
+                standardise(sarm.stage_model.heads[head], logits[:, window.position], 1.0)
+        for head, found in sarm.predict(windows, sarm.spec.heads, window.position).items():
+            standardise(sarm.subtask_model.heads[head], found.tau.logit(), 0.25)
 
 
 def random_windows(spec, size: int, length: int):
@@ -153,10 +192,10 @@ class Bench:
     def __init__(self, folder: Path, device: str) -> None:
         self.folder, self.device = folder, device
         self.kept: dict = {}  # what LeRobot took and gave, which fp32 and bf16 are compared with alike
-        self.dataset = folder / "bench/demo" if (folder / "bench").exists() else make_dataset(folder)
+        self.dataset = folder / "bench/demo" if (folder / "bench").exists() else make_dataset(folder, LENGTHS[device])
         self.clip = folder / "clip" if (folder / "clip").exists() else make_encoder(folder / "clip")
 
-    def config(self, mode: str, precision: str):
+    def config(self, mode: str, encode: str = "fp32", score: str = "fp32", train: str = "fp32"):
         from sarm_lib import params
 
         return params.load(
@@ -165,15 +204,27 @@ class Bench:
                 "base.dataset": str(self.dataset), "base.outputs": str(self.folder / "outputs"), "base.device": self.device,
                 "base.image_keys": [CAMERA], "base.group_key": None, "base.truth_prefix": None, "base.annotation_mode": mode,
                 "base.state_key": STATE,
-                "prepare.encoder": str(self.clip), "prepare.image_keys": [], "prepare.precision": precision,
-                "rabc.head_mode": "sparse" if mode == "single_stage" else "both", "rabc.precision": precision,
-                "sarm.frame_gap": 3, "sarm.precision": precision, **{f"sarm.{name}": size for name, size in SIZE.items()},
+                "prepare.encoder": str(self.clip), "prepare.image_keys": [], "prepare.precision": encode,
+                "rabc.head_mode": "sparse" if mode == "single_stage" else "both", "rabc.precision": score,
+                "sarm.frame_gap": 3, "sarm.precision": train, **{f"sarm.{name}": size for name, size in SIZE.items()},
             },
         )  # fmt: skip
 
+    def embedded(self) -> tuple:
+        """Dataset, encoder and embeddings, in fp32."""
+        from sarm_lib import dataset, encoder
+
+        config = self.config("dual")
+        demos, clip, folder = dataset.from_params(config), encoder.from_params(config, self.device), config.paths.write("embeddings")
+        encoder.ensure_embeddings(folder, config, demos, clip)
+        return demos, clip, encoder.open_embeddings(folder, demos)
+
     def reward_model(self, mode: str) -> Path:
         folder = self.folder / mode
-        return folder if folder.exists() else make_reward_model(folder, self.dataset, mode)
+        if not folder.exists():
+            demos, _, embeddings = self.embedded()
+            make_reward_model(folder, mode, self.dataset, demos, embeddings)
+        return folder
 
     @contextlib.contextmanager
     def lerobot(self, mode: str) -> Iterator[tuple]:
@@ -190,7 +241,8 @@ class Bench:
             processor_sarm.CLIPModel.from_pretrained,
             processor_sarm.CLIPProcessor.from_pretrained,
         )
-        here = lambda repo, **options: LeRobotDataset(repo, root=self.dataset, **options)  # noqa: E731
+        some = {"root": self.dataset, "episodes": list(range(LEROBOTS))}
+        here = lambda repo, **options: LeRobotDataset(repo, **some, **options)  # noqa: E731
         with (
             mock.patch.object(processor_sarm.CLIPModel, "from_pretrained", local(read_model)),
             mock.patch.object(processor_sarm.CLIPProcessor, "from_pretrained", local(read_processor)),
@@ -203,13 +255,17 @@ class Bench:
     # --- progress -------------------------------------------------------------------------------------------------------
 
     def progress(self, mode: str, precision: str) -> dict:
+        row = self.progress_row(mode, precision, "fp32")
+        return row | ({"scored_in_bf16": self.progress_row(mode, "bf16", "bf16")} if precision == "bf16" else {})
+
+    def progress_row(self, mode: str, encode: str, score: str) -> dict:
         import numpy as np
         import pandas as pd
         from lerobot.rewards.sarm.compute_rabc_weights import compute_sarm_progress
 
         from sarm_lib import checkpoint, dataset, encoder, progress
 
-        config = self.config(mode, precision)
+        config = self.config(mode, encode, score)
         clip, demos = encoder.from_params(config, self.device), dataset.from_params(config)
         model = checkpoint.load_reward_model(self.reward_model(mode), self.device)
 
@@ -221,28 +277,30 @@ class Bench:
             progress.ensure_progress(path, config, demos, embeddings, model, "bench")
             return pd.read_parquet(path)
 
-        def lerobots() -> pd.DataFrame:
+        def lerobots() -> tuple[float, pd.DataFrame]:
             path = self.folder / "lerobot.parquet"
+            arguments = "bench/demo", "bench", str(path), config.rabc.head_mode, self.device, 0
             with self.lerobot(mode):
-                start = time.perf_counter()
-                compute_sarm_progress("bench/demo", "bench", str(path), config.rabc.head_mode, self.device, 0)
-                self.seconds = time.perf_counter() - start
-            return pd.read_parquet(path)
+                compute_sarm_progress(*arguments, stride=10_000)  # an episode's first and last frame
+                seconds, _ = timed(lambda: compute_sarm_progress(*arguments))
+            return seconds, pd.read_parquet(path)
 
-        warm = ours() if self.device == "cuda" else None  # noqa: F841
+        ours()
         before, mine = timed(ours)
-        key = f"progress-{mode}"
-        if key not in self.kept:
-            theirs = lerobots()
-            self.kept[key] = (self.seconds, theirs)
+        if mode not in self.kept:
+            self.kept[mode] = lerobots()
+        seconds, theirs = self.kept[mode]
         ours_seconds = statistics.median([before, *(timed(ours)[0] for _ in range(2))])
-        seconds, theirs = self.kept[key]
         columns = [name for name in mine if name.startswith("progress")]
-        difference = np.abs(mine[columns].to_numpy() - theirs[columns].to_numpy()).max()
+        alike = mine[columns][: len(theirs)]
+        difference = np.abs(alike.to_numpy() - theirs[columns].to_numpy())
+        row = result(ours_seconds, seconds, difference.max()) | {"mean_abs_diff": float(difference.mean())}
+        row["ratio"] *= len(mine) / len(theirs)
         flops = self.flops(clip, model, demos, config)
-        found = {"frames": len(mine), "flops_per_frame": flops}
-        rate = self.rate(sum(flops.values()) * len(mine), ours_seconds, precision)
-        return result(ours_seconds, seconds, difference) | found | rate
+        spread = {name: float(alike[name].std()) for name in columns}
+        found = {"std": spread, "frames": len(mine), "lerobot_frames": len(theirs), "flops_per_frame": flops}
+        operations = [(flops["encode"] * len(mine), encode), (flops["score"] * len(mine), score)]
+        return row | found | self.rate(operations, ours_seconds)
 
     def flops(self, clip, model, demos, config) -> dict[str, float]:
         """Floating point operations a frame: of encoding it once, and of scoring it."""
@@ -261,8 +319,15 @@ class Bench:
             progress.score(model.sarm, store, np.arange(8), model.spec.heads)
         return {"encode": encoding.get_total_flops() / 8, "score": scoring.get_total_flops() / 8}
 
-    def rate(self, flops: float, seconds: float, precision: str) -> dict[str, float]:
-        """What was reached of the arithmetic, in GFLOP/s, beside what a large product of two matrices reaches here."""
+    def rate(self, operations: list[tuple[float, str]], seconds: float) -> dict[str, float]:
+        """What was reached of the arithmetic, in GFLOP/s, beside what large products of two matrices reach here with as many
+        operations of each precision."""
+        total = sum(flops for flops, _ in operations)
+        products = sum(flops / self.matmul(precision) for flops, precision in operations)
+        return {"gflop_per_s": total / seconds / 1e9, "matmul_gflop_per_s": total / products / 1e9}
+
+    def matmul(self, precision: str) -> float:
+        """Operations a second of a large product of two matrices."""
         import torch
 
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -270,12 +335,17 @@ class Bench:
 
         def product() -> None:
             left @ left
-            if self.device == "cuda":
-                torch.cuda.synchronize()
+            self.wait()
 
         product()
-        fastest = min(timed(product)[0] for _ in range(5))
-        return {"gflop_per_s": flops / seconds / 1e9, "matmul_gflop_per_s": 2 * 2048**3 / fastest / 1e9}
+        return 2 * 2048**3 / min(timed(product)[0] for _ in range(5))
+
+    def wait(self) -> None:
+        """Until the GPU has done what it was given: only then is time taken."""
+        import torch
+
+        if self.device == "cuda":
+            torch.cuda.synchronize()
 
     # --- training -------------------------------------------------------------------------------------------------------
 
@@ -290,14 +360,10 @@ class Bench:
         from accelerate.state import AcceleratorState
         from torch.utils.flop_counter import FlopCounterMode
 
-        from sarm_lib import checkpoint, dataset, encoder, kernels, lerobot_io, training
+        from sarm_lib import checkpoint, kernels, lerobot_io, training
+        from sarm_lib.schedule import Average
 
-        config = self.config("dual", precision)
-        demos, clip = dataset.from_params(config), encoder.from_params(self.config("dual", "fp32"), self.device)
-        shutil.rmtree(self.folder / "outputs", ignore_errors=True)
-        folder = config.paths.write("embeddings")
-        encoder.ensure_embeddings(folder, self.config("dual", "fp32"), demos, clip)
-        embeddings = encoder.open_embeddings(folder, demos)
+        config, (demos, clip, embeddings) = self.config("dual", train=precision), self.embedded()
         labels = lerobot_io.read_labels(self.dataset, demos, ("sparse", "dense"))
         model = checkpoint.load_reward_model(self.reward_model("dual"), self.device)
         sampler = training.new_sampler(config, demos, embeddings, labels, model, clip)
@@ -305,27 +371,30 @@ class Bench:
         accelerator = training.make_accelerator(config.sarm, self.device)
         loss = accelerator.prepare(training.SarmLoss(model.sarm, "valid").train())
         optimizer, rng = torch.optim.AdamW(model.sarm.parameters(), lr=1e-5, fused=True), np.random.default_rng(0)
+        average = Average(list(model.sarm.parameters()), config.sarm.ema_decay)
 
-        def ours() -> None:
+        def ours(average: Average | None = None) -> None:
             batch = sampler.draw(rng, batch_size).to(torch.device(self.device))
             accelerator.backward(loss(batch)["loss"])
             torch.nn.utils.clip_grad_norm_(model.sarm.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            if self.device == "cuda":
-                torch.cuda.synchronize()
+            if average:
+                average.update()
+            self.wait()
 
-        ours()
+        ours(), ours(average)
         laps = [timed(ours)[0] for _ in range(3)]
         key = f"train-{batch_size}"
         if key not in self.kept:
             self.kept[key] = self.lerobot_training_step(batch_size)
         seconds = statistics.median([*laps, *(timed(ours)[0] for _ in range(3))])
+        averaged = statistics.median(timed(lambda: ours(average))[0] for _ in range(3))
         with mock.patch.object(kernels, "_has_onednn", lambda: False), FlopCounterMode(display=False) as step:
             ours()
         flops = step.get_total_flops()
         row = result(seconds, self.kept[key], self.loss_difference(precision))
-        return row | {"flops_per_step": flops} | self.rate(flops, seconds, precision)
+        return row | {"with_average": averaged, "flops_per_step": flops} | self.rate([(flops, precision)], seconds)
 
     def lerobot_training_step(self, batch_size: int) -> float:
         import torch
@@ -343,11 +412,9 @@ class Bench:
                 torch.nn.utils.clip_grad_norm_(list(model.get_optim_params()), 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
-                if self.device == "cuda":
-                    torch.cuda.synchronize()
+                self.wait()
 
-            if self.device == "cuda":
-                step()
+            step()
             return statistics.median(timed(step)[0] for _ in range(3))
 
     def loss_difference(self, precision: str) -> float:
@@ -383,21 +450,25 @@ class Bench:
 
         from sarm_lib import dataset, encoder
 
-        config = self.config("dual", "fp32")
+        config = self.config("dual")
         demos, clip = dataset.from_params(config), encoder.from_params(config, self.device)
-        pixels = torch.randn(FRAMES, 3, 224, 224, device=self.device)
+        size = config.prepare.encode_batch_size
+        batches = [len(batch) for e in demos.episodes for batch in batched(range(e.length), size)]
+        side = clip.model.config.vision_config.image_size
+        pixels = torch.randn(max(batches), 3, side, side, device=self.device)
 
         def bare() -> None:
             with torch.inference_mode():
-                for _ in range(EPISODES):
-                    clip.model.get_image_features(pixels)
+                for frames in batches:
+                    clip.model.get_image_features(pixels[:frames])
+            self.wait()
 
         def ours() -> None:
             shutil.rmtree(self.folder / "outputs", ignore_errors=True)
             encoder.ensure_embeddings(config.paths.write("embeddings"), config, demos, clip)
 
         bare(), ours()
-        rates = [FRAMES * EPISODES / timed(side)[0] for _ in range(3) for side in (ours, bare)]
+        rates = [demos.num_frames / timed(way)[0] for _ in range(3) for way in (ours, bare)]
         mine, forward = np.median(rates[::2]), np.median(rates[1::2])
         return {"ours": float(mine), "lerobot": None, "bare": float(forward), "ratio": float(mine / forward),
                 "max_abs_diff": None}  # fmt: skip
@@ -528,7 +599,7 @@ def main() -> None:
     import torch
 
     logging.basicConfig(level=logging.WARNING)
-    torch.set_num_threads(arguments.threads)
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count()))
     gpu = torch.cuda.is_available()
     everything = [*NAMES, *(f"{name}_gpu" for name in ON_GPU)]
     names = arguments.only or everything
@@ -543,14 +614,17 @@ def main() -> None:
                 skipped[name] = "no GPU here"
                 continue
             device = "cuda" if on_gpu else "cpu"
+            threads = min(GPU_THREADS, len(cores)) if on_gpu else arguments.threads
+            # One core for one thread: what threads of other libraries do, such as decoding ahead, is paid for.
+            settle(cores if on_gpu else cores[-threads:], threads)
             if device not in benches:
-                benches[device] = Bench(folder, device)
+                benches[device] = Bench(folder / device, device)
             where = torch.cuda.get_device_name() if on_gpu else processor()
             rows[name] = {
                 "name": name,
                 **measure(name, benches[device], folder),
                 "device": where,
-                "threads": arguments.threads,
+                "threads": threads,
                 "date": time.strftime("%Y-%m-%d"),
             }
             print(json.dumps(rows[name]), flush=True)
@@ -562,6 +636,15 @@ def main() -> None:
         print(f"{name}: {why}")
 
 
+def settle(cores: list[int], threads: int) -> None:
+    """Run this thread, and those that it starts from now on, on `cores`, and PyTorch's products on so many threads."""
+    import torch
+
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, cores)
+    torch.set_num_threads(threads)
+
+
 def processor() -> str:
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     named = [line.split(":", 1)[1].strip() for line in info.splitlines() if line.startswith("model name")]
@@ -570,8 +653,5 @@ def processor() -> str:
 
 
 if __name__ == "__main__":
-    # One core: what threads of other libraries do, such as decoding ahead, is paid for.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     main()

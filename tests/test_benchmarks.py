@@ -2,28 +2,59 @@
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from benchmarks import compile as compiling
 from benchmarks import speed
 from sarm_lib.model import Sarm, SarmSpec
 from sarm_lib.windows import WindowSpec
-from tests.conftest import make_encoder
+from tests.conftest import ROOT, make_encoder
 
 SMALL = {"hidden_dim": 16, "num_heads": 2, "num_layers": 1}
 
 
-@pytest.fixture
-def small_bench(tmp_path, monkeypatch):
-    """The speed benchmark on a few frames, with a tiny encoder and a tiny SARM."""
-    monkeypatch.setattr(speed, "SIZE", SMALL)
-    monkeypatch.setattr(speed, "FRAMES", 6)
-    make_encoder(tmp_path / "clip")
-    return speed.Bench(tmp_path, "cpu")
+@pytest.fixture(scope="module")
+def small_bench(tmp_path_factory):
+    """The speed benchmark on a few frames, of which LeRobot's side takes the first episodes, with a tiny encoder and SARM."""
+    folder = tmp_path_factory.mktemp("bench")
+    make_encoder(folder / "clip")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(ROOT)
+        patched.setattr(speed, "SIZE", SMALL)
+        patched.setitem(speed.LENGTHS, "cpu", [8, 7, 8, 20])
+        yield speed.Bench(folder, "cpu")
+    AcceleratorState._reset_state(True)  # which a row leaves with its precision
 
 
-def test_a_batch_has_the_loss_that_lerobot_computes(small_bench):
-    assert small_bench.loss_difference("fp32") < 1e-6
+@pytest.mark.parametrize("name", ["progress_dual_fp32", "progress_single_fp32"])
+def test_frames_that_differ_get_lerobot_s_progress(small_bench, tmp_path, name):
+    row = speed.measure(name, small_bench, tmp_path)
+    assert row["frames"] == 43 and row["lerobot_frames"] == 23
+    assert row["ratio"] == pytest.approx((row["lerobot"] / 23) / (row["ours"] / 43))
+    assert min(row["std"].values()) > 0.05 and 0 <= row["mean_abs_diff"] <= row["max_abs_diff"] < 5e-6
+
+
+def test_half_precision_encodes_and_a_row_within_the_row_scores_too(small_bench, tmp_path):
+    row = speed.measure("progress_dual_bf16", small_bench, tmp_path)
+    also = row["scored_in_bf16"]
+    assert (
+        row["mean_abs_diff"] > 1e-5 and also["mean_abs_diff"] > 1e-5 and row["mean_abs_diff"] != also["mean_abs_diff"]
+    )
+    assert row["lerobot"] == also["lerobot"]  # measured once
+    again = small_bench.progress_row("dual", "bf16", "fp32")
+    assert again["mean_abs_diff"] == row["mean_abs_diff"]
+
+
+def test_a_training_row_has_lerobot_s_loss_and_the_seconds_with_the_average(small_bench, tmp_path):
+    row = speed.measure("train_dual_fp32", small_bench, tmp_path)
+    assert row["max_abs_diff"] < 1e-6 and row["ratio"] == min(of["ratio"] for of in row["by_batch"].values())
+    assert all(of["with_average"] > 0 for of in row["by_batch"].values())
     assert 0 < small_bench.loss_difference("bf16") < 0.1
+
+
+def test_encoding_is_measured_against_the_encoder_alone(small_bench, tmp_path):
+    row = speed.measure("encode_vs_bare", small_bench, tmp_path)
+    assert row["bare"] > 0 and row["ratio"] == pytest.approx(row["ours"] / row["bare"])
 
 
 def test_a_training_step_is_measured_as_it_is_and_compiled(monkeypatch):
