@@ -31,7 +31,7 @@ from sarm_lib.artifacts import (
     write_json,
 )
 from sarm_lib.dataset import Dataset, DatasetError, Episode, fingerprint
-from sarm_lib.kernels import FrozenQuickGELU, freeze
+from sarm_lib.kernels import FrozenQuickGELU, Packed, freeze, packed_once
 from sarm_lib.live import bar
 from sarm_lib.processes import share
 
@@ -53,6 +53,7 @@ class Encoder:
             for layer in layers:
                 layer.mlp = FrozenQuickGELU(layer.mlp.fc1, layer.mlp.fc2)
         layers[-1] = PooledLayer(layers[-1])
+        self._packed: Packed = {}
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self.model.vision_model.to(self.dtype), self.model.visual_projection.to(self.dtype)
         self.processor = CLIPImageProcessor.from_pretrained(path)
@@ -81,7 +82,8 @@ class Encoder:
     @torch.inference_mode()
     def embed(self, pixels: Tensor) -> Tensor:
         """Embed `pixels` (B, 3, S, S): (B, E) float32 on the CPU."""
-        return _pooled(self.model.get_image_features(pixels.to(self.device, self.dtype))).float().cpu()
+        with packed_once(self._packed):
+            return _pooled(self.model.get_image_features(pixels.to(self.device, self.dtype))).float().cpu()
 
     @torch.inference_mode()
     def texts(self, texts: list[str]) -> Tensor:

@@ -1,7 +1,8 @@
 """Matrix products with frozen weights on the CPU, by oneDNN, with the activation that follows them in the same pass.
 
 PyTorch leaves float32 products to MKL and runs an activation as a pass of its own over what a product has written, although
-it brings oneDNN too, which does both at once (benchmarks/speed.json); the results differ by rounding.
+it brings oneDNN too, which does both at once (benchmarks/speed.json); the results differ by rounding. oneDNN multiplies by
+weights in a layout of its own and would bring them into it for every product: weights that stay are packed once.
 """
 
 import platform
@@ -17,12 +18,14 @@ from torch.nn import functional as F
 Activation = Literal["none", "relu", "swish"]
 SLOPE = 1.702  # QuickGELU(x) = x · sigmoid(1.702 x) = swish(1.702 x) / 1.702
 
-_rounded: dict[tuple[int, torch.Size], Tensor] | None = None  # weights in bfloat16, while `rounded_once` is open
+Packed = dict[tuple[int, torch.Size, torch.dtype], Tensor]
+_packed: Packed | None = None  # weights as oneDNN multiplies by them, while `packed_once` is open
 
 
 @cache
 def _has_onednn() -> bool:
-    named = hasattr(torch.ops.mkldnn, "_linear_pointwise")  # what torch.compile makes of a linear layer on the CPU
+    # What torch.compile makes of a linear layer on the CPU.
+    named = all(hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_reorder_linear_weight"))
     return platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available() and named
 
 
@@ -35,31 +38,34 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, activation: Activation = "no
     """activation(x (…, N) · weight (M, N)ᵀ + bias (M,)). Where gradients are asked for, PyTorch's own."""
     if not torch.is_grad_enabled() and x.device.type == "cpu" and _has_onednn():
         half = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-        if half and _rounded is not None:
-            x, weight, bias = x.to(torch.bfloat16), _round(weight), _round(bias)
+        if half and _packed is not None:
+            x = x.to(torch.bfloat16)
         supported = _has_bf16() if x.dtype == torch.bfloat16 else x.dtype == torch.float32 and not half
-        if supported and x.dtype == weight.dtype:
+        if supported and _packed is not None:
+            weight, bias = _pack(weight, x.dtype), bias.to(x.dtype)
+        if supported and bias.dtype == x.dtype:
             return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "")
     x = F.linear(x, weight, bias)
     return torch.relu(x) if activation == "relu" else F.silu(x) if activation == "swish" else x
 
 
 @contextmanager
-def rounded_once() -> Iterator[None]:
-    """Within it, weights that autocast would round to bfloat16 in every product are rounded once. They must not change."""
-    global _rounded
-    before, _rounded = _rounded, {}
+def packed_once(weights: Packed | None = None) -> Iterator[None]:
+    """Within it, weights are packed once, and rounded once where autocast would round them in every product. They must not
+    change. weights: what is kept from one such block to the next."""
+    global _packed
+    before, _packed = _packed, {} if weights is None else weights
     try:
         yield
     finally:
-        _rounded = before
+        _packed = before
 
 
-def _round(weight: Tensor) -> Tensor:
-    key = weight.data_ptr(), weight.shape
-    if key not in _rounded:
-        _rounded[key] = weight.to(torch.bfloat16)
-    return _rounded[key]
+def _pack(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    key = weight.data_ptr(), weight.shape, dtype
+    if key not in _packed:
+        _packed[key] = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype).contiguous())
+    return _packed[key]
 
 
 class FrozenLinear(nn.Linear):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sarm_lib.checkpoint import RewardModel
 from sarm_lib.encoder import Encoder
+from sarm_lib.kernels import Packed, packed_once
 from sarm_lib.stages import progress
 from sarm_lib.windows import Windows, pad_state
 
@@ -44,6 +45,7 @@ class OnlineScorer:
         if model.encoder_identity and model.encoder_identity != encoder.identity:
             raise ValueError(f"the reward model was trained on embeddings of {model.encoder}, not of {encoder.name}")
         self.model, self.encoder = model, encoder
+        self._packed: Packed = {}
         self._recent: deque[tuple[Tensor, Tensor]] = deque(maxlen=(window.n_obs_steps - 1) * window.frame_gap + 1)
         self.reset(task)
 
@@ -78,7 +80,9 @@ class OnlineScorer:
         shown = Windows(images_seen.transpose(0, 1)[None], self._text, states[None], torch.tensor([len(window)]))
         shown = shown.showing(spec.inputs).to(device)
         found = {}
-        for head, prediction in sarm.predict(shown, spec.heads, spec.window.position).items():
+        with packed_once(self._packed):
+            predictions = sarm.predict(shown, spec.heads, spec.window.position)
+        for head, prediction in predictions.items():
             probabilities, stage, tau = (tensor[0, 0].cpu().numpy() for tensor in prediction)
             phi = progress(stage[None], tau[None], np.array(spec.proportions[head]))[0]
             found[head] = Progress(float(phi), spec.stage_names[head][int(stage)], float(tau), probabilities)

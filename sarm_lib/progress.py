@@ -21,7 +21,7 @@ from sarm_lib.artifacts import PARQUET_KEY, code_digest, digest, read_provenance
 from sarm_lib.checkpoint import RewardModel
 from sarm_lib.dataset import Dataset, Episode
 from sarm_lib.encoder import Embeddings, Precision
-from sarm_lib.kernels import rounded_once
+from sarm_lib.kernels import packed_once
 from sarm_lib.live import bar
 from sarm_lib.model import Sarm
 from sarm_lib.processes import share
@@ -83,7 +83,7 @@ def frame_store(dataset: Dataset, embeddings: Embeddings, model: RewardModel) ->
     )
 
 
-@rounded_once()
+@packed_once()
 @torch.inference_mode()
 def score(
     sarm: Sarm,

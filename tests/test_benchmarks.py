@@ -32,6 +32,8 @@ def test_frames_that_differ_get_lerobot_s_progress(small_bench, tmp_path, name):
     assert row["frames"] == 43 and row["lerobot_frames"] == 23
     assert row["ratio"] == pytest.approx((row["lerobot"] / 23) / (row["ours"] / 43))
     assert min(row["std"].values()) > 0.05 and 0 <= row["mean_abs_diff"] <= row["max_abs_diff"] < 5e-6
+    assert 0 < row["float64"]["ours"] < 5e-6 and 0 < row["float64"]["lerobot"] < 5e-6
+    assert row["max_abs_diff"] <= sum(row["float64"].values())
 
 
 def test_half_precision_encodes_and_a_row_within_the_row_scores_too(small_bench, tmp_path):

@@ -311,7 +311,18 @@ def test_on_the_demo_targets_and_progress_are_lerobot_s(tmp_path):
 
 
 @torch.no_grad()
-def test_weights_that_are_rounded_once_give_what_autocast_gives():
+def test_packed_weights_are_kept_and_give_the_same_products():
+    x, weight, bias = torch.randn(5, 96), torch.randn(64, 96), torch.randn(64)
+    plain, kept = torch.nn.functional.linear(x, weight, bias), {}
+    for _ in range(2):
+        with kernels.packed_once(kept):
+            torch.testing.assert_close(kernels.linear(x, weight, bias), plain, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(kernels.linear(x, weight[32:], bias[32:]), plain[:, 32:], atol=1e-5, rtol=1e-5)
+    assert len(kept) in (0, 2)  # none where the processor's products are not oneDNN's
+
+
+@torch.no_grad()
+def test_weights_that_are_packed_once_give_what_autocast_gives():
     sarm = reward_model(spec()).sarm
     batch = windows(sarm.spec, [13, 9, 11])
 
@@ -320,7 +331,7 @@ def test_weights_that_are_rounded_once_give_what_autocast_gives():
             return torch.cat([p.tau.float() for p in sarm.predict(batch, ["sparse", "dense"]).values()], dim=1)
 
     whole = predicted()
-    with kernels.rounded_once():
+    with kernels.packed_once():
         once = predicted()
         assert torch.equal(once, predicted())  # by the weights that were kept
     torch.testing.assert_close(once, whole, atol=4e-3, rtol=0)  # half a step of bfloat16 below 1
