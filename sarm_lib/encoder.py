@@ -53,7 +53,7 @@ class Encoder:
             for layer in layers:
                 layer.mlp = FrozenQuickGELU(layer.mlp.fc1, layer.mlp.fc2)
         layers[-1] = PooledLayer(layers[-1])
-        self._packed: Packed = {}
+        self._packed = Packed()
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self.model.vision_model.to(self.dtype), self.model.visual_projection.to(self.dtype)
         self.processor = CLIPImageProcessor.from_pretrained(path)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sarm_lib.kernels import Activation, linear
+from sarm_lib.kernels import linear
 from sarm_lib.windows import Windows, WindowSpec
 
 HEADS = ("sparse", "dense")
@@ -155,14 +155,17 @@ def _layer(
     k, v = every.unpack(linear(h, weight[width:], bias[width:])).chunk(2, dim=-1)
     q, k, v = (part.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for part in (q, k, v))
     mixed = F.scaled_dot_product_attention(q, k, v, mask, attention.dropout if layer.training else 0.0)
-    mixed = _apply(attention.out_proj, asked.pack(mixed.transpose(1, 2).flatten(2)))
-    h = layer.norm1(query + layer.dropout1(mixed))
-    wide = layer.dropout(_apply(layer.linear1, h, "relu"))
-    return layer.norm2(h + layer.dropout2(_apply(layer.linear2, wide)))
+    mixed = asked.pack(mixed.transpose(1, 2).flatten(2))
+    h = layer.norm1(_added(query, attention.out_proj, mixed, layer.dropout1))
+    wide = layer.dropout(linear(h, layer.linear1.weight, layer.linear1.bias, "relu"))
+    return layer.norm2(_added(h, layer.linear2, wide, layer.dropout2))
 
 
-def _apply(layer: nn.Linear, x: Tensor, activation: Activation = "none") -> Tensor:
-    return linear(x, layer.weight, layer.bias, activation)
+def _added(residual: Tensor, layer: nn.Linear, x: Tensor, dropout: nn.Dropout) -> Tensor:
+    """residual + dropout(layer(x)), in one pass where nothing is dropped."""
+    if dropout.training:
+        return residual + dropout(linear(x, layer.weight, layer.bias))
+    return linear(x, layer.weight, layer.bias, residual=residual)
 
 
 class Prediction(NamedTuple):

@@ -45,7 +45,7 @@ class OnlineScorer:
         if model.encoder_identity and model.encoder_identity != encoder.identity:
             raise ValueError(f"the reward model was trained on embeddings of {model.encoder}, not of {encoder.name}")
         self.model, self.encoder = model, encoder
-        self._packed: Packed = {}
+        self._packed = Packed(float32=True)
         self._recent: deque[tuple[Tensor, Tensor]] = deque(maxlen=(window.n_obs_steps - 1) * window.frame_gap + 1)
         self.reset(task)
 

@@ -313,12 +313,12 @@ def test_on_the_demo_targets_and_progress_are_lerobot_s(tmp_path):
 @torch.no_grad()
 def test_packed_weights_are_kept_and_give_the_same_products():
     x, weight, bias = torch.randn(5, 96), torch.randn(64, 96), torch.randn(64)
-    plain, kept = torch.nn.functional.linear(x, weight, bias), {}
+    plain, kept = torch.nn.functional.linear(x, weight, bias), kernels.Packed(float32=True)
     for _ in range(2):
         with kernels.packed_once(kept):
             torch.testing.assert_close(kernels.linear(x, weight, bias), plain, atol=1e-5, rtol=1e-5)
             torch.testing.assert_close(kernels.linear(x, weight[32:], bias[32:]), plain[:, 32:], atol=1e-5, rtol=1e-5)
-    assert len(kept) in (0, 2)  # none where the processor's products are not oneDNN's
+    assert len(kept._kept) in (0, 2)  # none where the processor's products are not oneDNN's
 
 
 @torch.no_grad()
@@ -348,3 +348,12 @@ def test_a_product_with_its_activation_is_pytorch_s(activation):
     for grad in (True, False):
         with torch.set_grad_enabled(grad):
             torch.testing.assert_close(kernels.linear(x, weight, bias, activation), whole, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_residual_is_added_as_pytorch_does(dtype):
+    x, weight, bias, residual = (torch.randn(shape, dtype=dtype) for shape in ((5, 24), (16, 24), (16,), (5, 16)))
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            found = kernels.linear(x, weight, bias, residual=residual)
+            assert torch.equal(found, residual + kernels.linear(x, weight, bias))
