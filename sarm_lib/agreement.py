@@ -18,24 +18,16 @@ from sarm_lib.dataset import Dataset, DatasetError
 
 TOLERANCE = 0.5  # seconds
 FLICKER = 0.15  # seconds; a truth that is read off thresholds flickers: shorter runs belong to the run before them
-FLICKERS = (
-    0.0,
-    0.1,
-    0.125,
-    FLICKER,
-)  # what counts as a retry hangs on it, so figures of retries are given for all of these
+# What counts as a retry hangs on it, so figures of retries are given for all of these.
+FLICKERS = (0.0, 0.1, 0.125, FLICKER)
 
 SCORED = {"val": ("val",), "test": ("test",), "val and test": ("val", "test")}  # splits that a truth is compared with
 
 UNLIKELY = 3.5  # robust standard deviations of a subtask's log duration
 NOTABLE = 0.05  # share of an episode's frames: less is a matter of boundaries
 OTHERS = 0.1  # what a second opinion or an unlikely duration counts in `suspicion`, beside an annotator's own doubts
-ABOUT_FRAMES = [
-    "episodes",
-    "missing",
-    "frame_agreement",
-    "segment_iou",
-]  # columns of `summary`; one table would be too wide
+# Columns of `summary`; one table would be too wide.
+ABOUT_FRAMES = ["episodes", "missing", "frame_agreement", "segment_iou"]
 ABOUT_BOUNDARIES = ["boundary_error_frames", "boundaries_missed", "boundaries_extra"]
 ABOUT_BOUNDARIES += ["retries", "retry_recall", "retry_precision"]
 

@@ -98,6 +98,12 @@ def _by_curve(names: list[str], colours: list[str], dashed: dict[str, list[int]]
     }
 
 
+def table(figures: pd.DataFrame) -> pd.DataFrame:
+    """Figures as a page shows them: whole numbers as such, – for what is not there, and names that may be broken."""
+    shown = figures.convert_dtypes().astype(object)
+    return shown.where(figures.notna(), "–").rename(columns=lambda name: str(name).replace("_", " "))
+
+
 def episode_lengths(table: pd.DataFrame) -> alt.Chart:
     """Histogram of `seconds` by `split`. Binned before it is drawn: any number of episodes."""
     edges = np.linspace(0, table.seconds.max(), 31)

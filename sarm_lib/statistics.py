@@ -39,4 +39,5 @@ def paired_difference(ours: np.ndarray, theirs: np.ndarray, seed: int = 0) -> di
     seeds = rng.multinomial(trained, np.full(trained, 1 / trained), BOOTSTRAP) / trained
     starts = rng.multinomial(started, np.full(started, 1 / started), BOOTSTRAP) / started
     low, high = np.percentile(np.einsum("dk,kn,dn->d", seeds, paired, starts, optimize=True), [2.5, 97.5])
-    return {"difference": float(paired.mean()), "difference_low": float(low), "difference_high": float(high)}
+    found = {"difference": paired.mean(), "difference_low": low, "difference_high": high}
+    return {name: round(float(value), 6) for name, value in found.items()}
