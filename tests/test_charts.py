@@ -123,3 +123,9 @@ def test_stages_are_compared_with_anything_that_has_a_name():
     table = pd.DataFrame([[0.9, 0.1], [0.0, 1.0]], index=["it's", "b.c"], columns=["it's", "b.c"])
     chart = charts.confusion(table, "Stages", "simulator's truth", "it's [said]")
     assert vl_convert.vegalite_to_png(chart.to_json()).startswith(b"\x89PNG")
+
+
+def test_a_table_shows_whole_numbers_as_such_and_says_where_there_is_none():
+    shown = charts.table(pd.DataFrame({"retries": [3.0, 0.0], "retry_recall": [0.75, float("nan")]}, index=["a", "b"]))
+    assert shown.to_dict("list") == {"retries": [3, 0], "retry recall": [0.75, "–"]}
+    assert "3.0" not in shown.to_string()
