@@ -1,4 +1,4 @@
-"""How well two annotations agree: with a second annotator, with a person's marks, or, for scoring only, with a truth.
+"""How well two annotations agree: with another annotator, with the same one and another seed, with a person's marks, or, for scoring only, with a truth.
 
 Boundaries are compared where one subtask hands over to another: a boundary of the reference is matched to one of the
 other annotation that leads into the same subtask, in order, so that the sum of the distances is least; what has no
@@ -25,7 +25,7 @@ SCORED = {"val": ("val",), "test": ("test",), "val and test": ("val", "test")}  
 
 UNLIKELY = 3.5  # robust standard deviations of a subtask's log duration
 NOTABLE = 0.05  # share of an episode's frames: less is a matter of boundaries
-OTHERS = 0.1  # what a second opinion or an unlikely duration counts in `suspicion`, beside an annotator's own doubts
+OTHERS = 0.1  # what another opinion or an unlikely duration counts in `suspicion`, beside an annotator's own doubts
 # Columns of `summary`; one table would be too wide.
 ABOUT_FRAMES = ["episodes", "missing", "frame_agreement", "segment_iou"]
 ABOUT_BOUNDARIES = ["boundary_error_frames", "boundaries_missed", "boundaries_extra"]
@@ -187,14 +187,14 @@ def by_flicker(
 
 
 def trust(
-    second: Iterable[Annotation], marks: Iterable[Annotation], vocabulary: dict[str, list[str]], fps: float
+    opinion: Iterable[Annotation], marks: Iterable[Annotation], vocabulary: dict[str, list[str]], fps: float
 ) -> dict[str, float]:
-    """How much a second opinion's word counts in `suspicion`, by head: max(0, 2a - 1) where it gives the share a of the
+    """How much another opinion's word counts in `suspicion`, by head: max(0, 2a - 1) where it gives the share a of the
     frames of marked episodes the label that a person gave them; a half where nothing is marked.
 
     marks: of episodes that no annotator has learned from.
     """
-    found, given = {}, list(second)
+    found, given = {}, list(opinion)
     for head, names in vocabulary.items():
         references = {mark.episode: mark.head(head) for mark in marks if mark.head(head)}
         agreed = summary(compare_all(references, given, head, names, fps), fps).get("frame_agreement")
@@ -262,19 +262,20 @@ def _disagreeing_heads(annotations: list[Annotation], vocabulary: dict[str, list
 def suspicion(
     annotations: list[Annotation],
     doubts: list[Finding],
-    second: list[Annotation],
+    opinions: Mapping[str, list[Annotation]],
     vocabulary: dict[str, list[str]],
-    trusted: Mapping[str, float],
+    trusted: Mapping[str, Mapping[str, float]],
     accepted: Collection[int] = (),
 ) -> pd.DataFrame:
     """Episodes by how much they need a look, worst first: `score` and `why`, indexed by episode.
 
     The score adds what speaks against an annotation. What its annotator itself is unsure of comes first: doubt about its
     least certain boundary, and the share of its frames that look like another subtask. What others say counts a tenth: the
-    share of frames that a second opinion labels otherwise times how far that is `trusted` (a head: `trust`), and half for
-    each finding of `doubts`. What a person marked, corrected or `accepted` scores 0.
+    share of frames that one of the `opinions` (by name) labels otherwise times how far that is `trusted` (by name and
+    head: `trust`), and half for each finding of `doubts`. What a person marked, corrected or `accepted` scores 0.
     """
-    opinions, rows = {a.episode: a for a in second}, []
+    others = [(name, {a.episode: a for a in given}) for name, given in opinions.items()]
+    rows: list[tuple[int, float, str]] = []
     for annotation in annotations:
         if annotation.annotator in BY_HAND or annotation.episode in accepted:
             rows.append((annotation.episode, 0.0, ""))
@@ -297,14 +298,14 @@ def suspicion(
                 worst = segments[int(frames.argmax())]
                 text = f"{head}: {share:.0%} of the frames look like another subtask, most of them in {worst.subtask!r}"
                 why.append((share, f"{text} from frame {worst.start}"))
-        other = opinions.get(annotation.episode)
-        for head, names in vocabulary.items():
+        for (name, given), (head, names) in itertools.product(others, vocabulary.items()):
+            other = given.get(annotation.episode)
             if other and other.head(head) and annotation.head(head):
                 labels = [frame_labels(a.head(head), names, annotation.length) for a in (annotation, other)]
                 share = float((labels[0] != labels[1]).mean())
-                if share > NOTABLE and trusted[head]:
-                    text = f"{head}: {other.annotator} sees {share:.0%} of the frames otherwise"
-                    why.append((OTHERS * trusted[head] * share, text))
+                if share > NOTABLE and trusted[name][head]:
+                    text = f"{head}: {name} sees {share:.0%} of the frames otherwise"
+                    why.append((OTHERS * trusted[name][head] * share, text))
         why += [
             (OTHERS / 2, f"{d.head} {d.subtask!r}, {d.rule}: {d.message}")
             for d in doubts

@@ -6,6 +6,7 @@ frame of the segment, as in LeRobot's `{head}_subtask_end_frames`. One JSON file
 the nut reaches for it again), and an episode may end before the last subtask.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -212,6 +213,19 @@ def save(folder: Path, annotations: list[Annotation], names: dict[str, list[str]
         partial.mkdir()
         for annotation in annotations:
             save_one(partial, annotation, names)
+
+
+def save_opinions(folder: Path, opinions: Mapping[str, list[Annotation]], names: dict[str, list[str]]) -> None:
+    """Write what several annotators say, a folder each; `folder` appears whole or not at all."""
+    with staged(folder) as partial:
+        partial.mkdir()
+        for name, given in opinions.items():
+            save(partial / name, given, names)
+
+
+def load_opinions(folder: Path, names: dict[str, list[str]], dataset: Dataset) -> dict[str, list[Annotation]]:
+    """Read and validate what `save_opinions` wrote, by name."""
+    return {of.name: load(of, names, dataset) for of in sorted(folder.iterdir()) if of.is_dir()}
 
 
 def load(folder: Path, names: dict[str, list[str]], dataset: Dataset | None = None) -> list[Annotation]:

@@ -98,7 +98,8 @@ class Annotate(Section):
     """01: where each subtask begins and ends."""
 
     annotator: Annotator
-    second_opinion: Annotator | None  # annotates too, to be compared with; with another seed where it is the same
+    second_opinion: Annotator | None  # annotates too, to be compared with
+    repeats: Annotated[int, Field(ge=0)]  # so often the annotator answers anew, with another seed, where `seed_matters`
     sparse_subtasks: list[str]
     dense_subtasks: list[str]
     marks: str  # file of the episodes that a person marked
@@ -358,11 +359,10 @@ def _check_annotate(options: Annotate, mode: AnnotationMode) -> None:
         raise ParamsError(
             "annotate.dense_subtasks: one subtask divides nothing; name two or more, or set base.annotation_mode"
         )
-    if mode != "single_stage" and options.second_opinion == options.annotator and not options.seed_matters:
-        greedy = " at annotate.temperature 0" if options.annotator in ("vlm", "server") else ""
+    if mode != "single_stage" and options.second_opinion == options.annotator:
         raise ParamsError(
-            f"annotate.second_opinion: {options.annotator} answers the same whatever the seed{greedy}, so that it would "
-            "agree with itself; name another annotator, or null"
+            f"annotate.second_opinion: {options.annotator} would agree with itself; name another annotator, or null "
+            "(annotate.repeats asks the same one again, with other seeds)"
         )
 
 

@@ -36,6 +36,7 @@ SMOKE = {
     "base.outputs": "outputs/scratch/smoke",
     "annotate.annotator": "keyframes",  # needs neither marks nor a large model
     "annotate.second_opinion": None,
+    "annotate.repeats": 0,
     "sarm.steps": 20,
     "sarm.log_every": 5,
     "sarm.eval_every": 10,

@@ -82,15 +82,21 @@ def test_suspicion_puts_the_worst_first_says_why_and_trusts_people():
     marked = Annotation(3, 40, "manual", own, None)
     other = Annotation(2, 40, "keyframes", segments((0, 0), (1, 30)), None)
     doubt = Finding(1, "sparse", "grasp", "unlikely duration", "20 frames, usual are 4")
-    given = [[sure, unsure, marked], [doubt], [other], {"sparse": NAMES}]
-    table = agreement.suspicion(*given, {"sparse": 1.0})
+    given = [[sure, unsure, marked], [doubt], {"keyframes": [other]}, {"sparse": NAMES}]
+    table = agreement.suspicion(*given, {"keyframes": {"sparse": 1.0}})
     assert table.index.tolist() == [2, 1, 3] and table.score.tolist() == [0.725, 0.05, 0.0]
     assert "confidence 0.30" in table.why[2] and "keyframes sees 25%" in table.why[2] and "usual are 4" in table.why[1]
-    half = agreement.suspicion(*given, {"sparse": 0.5})
+    half = agreement.suspicion(*given, {"keyframes": {"sparse": 0.5}})
     assert half.score[2] == pytest.approx(0.7 + 0.1 * 0.5 * 0.25, abs=1e-3)
-    none = agreement.suspicion(*given, {"sparse": 0.0})
+    none = agreement.suspicion(*given, {"keyframes": {"sparse": 0.0}})
     assert none.score[2] == 0.7 and "keyframes" not in none.why[2]
-    accepted = agreement.suspicion(*given, {"sparse": 1.0}, accepted=[2])
+    given[2], trusted = (
+        given[2] | {"vlm-seed-1": [other]},
+        {"keyframes": {"sparse": 0.5}, "vlm-seed-1": {"sparse": 1.0}},
+    )
+    both = agreement.suspicion(*given, trusted)
+    assert both.score[2] == pytest.approx(0.7 + 0.1 * 1.5 * 0.25, abs=1e-3) and "vlm-seed-1 sees 25%" in both.why[2]
+    accepted = agreement.suspicion(*given, trusted, accepted=[2])
     assert accepted.index.tolist() == [1, 2, 3] and (accepted.score[2], accepted.why[2]) == (0.0, "")
 
 
@@ -99,7 +105,7 @@ def test_an_annotator_that_had_to_overrule_its_frames_is_suspicious():
     own, sure = segments((0, 0), (1, 20), (2, 30)), {"sparse": (1.0, 1.0, 1.0)}
     overruled = Annotation(1, 40, "propagate", own, None, sure, doubt={"sparse": (0.02, 0.6, 0.1)})
     agreeing = Annotation(2, 40, "propagate", own, None, sure, doubt={"sparse": (0.02, 0.02, 0.02)})
-    table = agreement.suspicion([agreeing, overruled], [], [], {"sparse": NAMES}, {"sparse": 1.0})
+    table = agreement.suspicion([agreeing, overruled], [], {}, {"sparse": NAMES}, {})
     assert table.score.to_dict() == {1: 0.185, 2: 0.0}  # (20 · 0.02 + 10 · 0.6 + 10 · 0.1) / 40
     assert f"18% of the frames look like another subtask, most of them in '{NAMES[1]}' from frame 20" in table.why[1]
 
@@ -143,7 +149,7 @@ def test_what_the_most_suspicious_episodes_hold():
     assert agreement.found_early(score, wrong)["errors"] == 0.64
 
 
-def test_a_second_opinion_counts_as_far_as_it_agrees_with_held_out_marks():
+def test_an_opinion_counts_as_far_as_it_agrees_with_held_out_marks():
     marks = [Annotation(1, 40, "manual", segments((0, 0), (1, 20)), None)]
     names = {"sparse": NAMES}
 

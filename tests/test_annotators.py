@@ -173,14 +173,12 @@ def test_every_option_of_the_server_is_a_parameter(demos):
     assert (made.use_grammar, made.timeout, made.in_flight, made.url) == (True, 5.0, 3, "http://x/v1")
 
 
-@pytest.mark.parametrize("name", ["keyframes", "dataset", "manual", "vlm", "server"])
-def test_who_answers_the_same_whatever_the_seed_is_no_second_opinion_on_himself(name):
-    with pytest.raises(params.ParamsError, match=rf"annotate\.second_opinion: {name} answers the same"):
-        configured(annotator=name, second_opinion=name, temperature=0.0)
+@pytest.mark.parametrize("name", ["keyframes", "propagate", "server"])
+def test_nobody_is_a_second_opinion_on_himself(name):
+    with pytest.raises(params.ParamsError, match=rf"annotate\.second_opinion: {name} would agree .*annotate\.repeats"):
+        configured(annotator=name, second_opinion=name)
     configured(annotator=name, second_opinion=None)
-    configured(annotator=name, second_opinion="propagate")
-    if name in ("vlm", "server"):
-        configured(annotator=name, second_opinion=name, temperature=0.5)
+    configured(annotator=name, second_opinion="dataset")
     params.load(
         ROOT / "params.yaml",
         {
@@ -208,18 +206,22 @@ def test_two_seeds_share_neither_a_work_folder_nor_a_member_of_the_ensemble(seed
     assert members[0].isdisjoint(members[1]) == (seed != other)
 
 
-def test_the_first_annotator_with_another_seed_is_a_second_opinion(demos):
-    values = {"annotator": "server", "second_opinion": "server", "temperature": 1.0, "dense_subtasks": ["go", "stop"]}
-    config = configured(**values)
-    first, second = annotators.from_params(config, demos), annotators.second_from_params(config, demos)
-    assert second.identity == {**first.identity, "seed": config.base.seed + 1}
+def test_an_annotator_is_asked_again_with_other_seeds_where_they_matter(demos):
+    values = {"annotator": "server", "second_opinion": "keyframes", "repeats": 2, "dense_subtasks": ["go", "stop"]}
+    config = configured(**values, temperature=1.0)
+    first, others = annotators.from_params(config, demos), annotators.opinions_from_params(config, demos)
+    assert list(others) == ["keyframes", "server-seed-1", "server-seed-2"]
+    seeds = [others[f"server-seed-{s}"].identity for s in (1, 2)]
+    assert seeds == [{**first.identity, "seed": config.base.seed + s} for s in (1, 2)]
+    assert list(annotators.opinions_from_params(configured(**values, temperature=0.0), demos)) == ["keyframes"]
+    assert not annotators.opinions_from_params(configured(annotator="keyframes", second_opinion=None, repeats=3), demos)
 
 
-def test_a_second_opinion_that_cannot_be_had_is_a_failure_of_each_episode_and_no_error(demos, tmp_path):
+def test_an_opinion_that_cannot_be_had_is_a_failure_of_each_episode_and_no_error(demos, tmp_path):
     config = configured(
         annotator="keyframes", second_opinion="dataset", sparse_subtasks=["go"], dense_subtasks=["go", "stop"]
     )
-    second = annotators.second_from_params(config, demos)
+    second = annotators.opinions_from_params(config, demos)["dataset"]
     found, failures = annotators.run(second, demos, annotations.vocabulary(config), tmp_path)
     assert found == [] and [f.episode for f in failures] == list(range(8))
     assert {"carries no sparse labels" in f.reason for f in failures} == {True}
@@ -230,12 +232,12 @@ def test_a_second_opinion_that_cannot_be_had_is_a_failure_of_each_episode_and_no
             yield from super().annotate(episodes[:3])
             raise AnnotationError("no server answers")
 
-    second = annotators.SecondOpinion("scripted", lambda: Breaks({}))
+    second = annotators.Opinion("scripted", lambda: Breaks({}))
     found, failures = annotators.run(second, demos, SPARSE, tmp_path)
     assert [a.episode for a in found] == [0, 1, 2]
     assert [(f.episode, f.reason) for f in failures] == [(i, "no server answers") for i in range(3, 8)]
     config = configured(annotator="keyframes", second_opinion="dataset", visualize_only=True)
-    assert isinstance(annotators.second_from_params(config, demos), annotators.Existing)
+    assert isinstance(annotators.opinions_from_params(config, demos)["dataset"], annotators.Existing)
 
 
 # --- sequences and their decoding -----------------------------------------------------------------------------------

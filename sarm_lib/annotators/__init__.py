@@ -17,6 +17,7 @@
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -106,18 +107,23 @@ def _from_params(params, dataset: Dataset, name: str, seed: int | None) -> Annot
     return VlmAnnotator(dataset, names, **parallel, **asked)
 
 
-def second_from_params(params, dataset: Dataset) -> Annotator | None:
-    """The annotator that `annotate.second_opinion` names, with another seed if it is the first one; None for none.
+def opinions_from_params(params, dataset: Dataset) -> dict[str, Annotator]:
+    """Who annotates beside `from_params`, by name: `annotate.second_opinion` (`keyframes`), and the annotator itself
+    with `annotate.repeats` other seeds (`propagate-seed-1`) where another seed gives other answers.
 
-    Where it lacks what it needs, every episode is its failure: the pipeline can do without it.
+    Where one lacks what it needs, every episode is its failure: the pipeline can do without it.
     """
     options = params.annotate
-    if options.second_opinion is None or params.base.annotation_mode == "single_stage":
-        return None
-    other_seed = params.base.seed + 1 if options.second_opinion == options.annotator else None
-    name = options.second_opinion
-    second = SecondOpinion(name, lambda: _from_params(params, dataset, name, other_seed))
-    return Existing(second) if options.visualize_only else second
+    if params.base.annotation_mode == "single_stage":
+        return {}
+    asked = {options.second_opinion: (options.second_opinion, None)} if options.second_opinion else {}
+    for i in range(options.repeats if options.seed_matters else 0):
+        seed = params.base.seed + 1 + i
+        asked[f"{options.annotator}-seed-{seed}"] = options.annotator, seed
+    made = {
+        name: Opinion(who, partial(_from_params, params, dataset, who, seed)) for name, (who, seed) in asked.items()
+    }
+    return {name: Existing(other) for name, other in made.items()} if options.visualize_only else made
 
 
 class SingleStage:
@@ -291,7 +297,7 @@ class Existing:
         return "nothing: annotate.visualize_only is set"
 
 
-class SecondOpinion:
+class Opinion:
     """Stands for an annotator that the pipeline can do without: where it raises AnnotationError, what it has not
     annotated by then fails for that reason."""
 
