@@ -17,6 +17,8 @@ from sarm_lib.annotations import HEADS, Annotation, Finding, Segment
 from sarm_lib.dataset import Dataset, DatasetError
 
 TOLERANCE = 0.5  # seconds
+WITHIN = 0.1  # seconds: a boundary is where an annotator says
+SURE = (0.9, 0.99)  # confidences that part the rows of `reliability`
 FLICKER = 0.15  # seconds; a truth that is read off thresholds flickers: shorter runs belong to the run before them
 # What counts as a retry hangs on it, so figures of retries are given for all of these.
 FLICKERS = (0.0, 0.1, 0.125, FLICKER)
@@ -119,6 +121,11 @@ def compare_all(
     ]
 
 
+def not_marked(annotations: Iterable[Annotation]) -> list[Annotation]:
+    """Those that are no mark taken over as it is: a mark agrees with itself, which says nothing about an annotator."""
+    return [annotation for annotation in annotations if annotation.annotator != "manual"]
+
+
 def summary(comparisons: list[Comparison], fps: float, asked: int | None = None) -> dict[str, float | int | None]:
     """One row of figures over several episodes: frames pooled, boundaries pooled, retries pooled.
 
@@ -194,7 +201,7 @@ def trust(
 
     marks: of episodes that no annotator has learned from.
     """
-    found, given = {}, list(opinion)
+    found, given = {}, not_marked(opinion)
     for head, names in vocabulary.items():
         references = {mark.episode: mark.head(head) for mark in marks if mark.head(head)}
         agreed = summary(compare_all(references, given, head, names, fps), fps).get("frame_agreement")
@@ -315,6 +322,31 @@ def suspicion(
         rows.append((annotation.episode, round(score, 3), "; ".join(text for _, text in sorted(why, reverse=True))))
     table = pd.DataFrame(rows, columns=["episode", "score", "why"]).set_index("episode")
     return table.sort_values("score", ascending=False, kind="stable")
+
+
+def reliability(
+    references: Mapping[int, Segments], annotations: Iterable[Annotation], head: str, names: list[str], fps: float
+) -> dict[str, dict[str, float | int]]:
+    """How often a boundary is within `WITHIN` seconds of one of the reference that leads into the same subtask, by the
+    annotator's `confidence` in it, which is a probability of just that. Episodes without confidences are left out."""
+    found: list[tuple[float, bool]] = []
+    for annotation in annotations:
+        if annotation.episode in references and (confidence := (annotation.confidence or {}).get(head)):
+            true = _boundaries(references[annotation.episode], names)
+            for segment, sure in list(zip(annotation.head(head), confidence))[
+                1:
+            ]:  # the start of an episode is no boundary
+                near = [b for b in true if b[1] == segment.subtask and abs(b[0] - segment.start) <= WITHIN * fps]
+                found.append((sure, bool(near)))
+    rows = {}
+    limits = (0.0, *SURE, np.inf)
+    for low, high in itertools.pairwise(limits):
+        of = [(sure, near) for sure, near in found if low <= sure < high]
+        if of:
+            name = f"below {high:g}" if low == 0 else f"{low:g} or more" if high == np.inf else f"{low:g} to {high:g}"
+            sure, near = np.mean(of, axis=0).round(4).tolist()
+            rows[name] = {"boundaries": len(of), "mean_confidence": sure, "found": near}
+    return rows
 
 
 def found_early(score: pd.Series, wrong: pd.Series, share: float = 0.1) -> dict[str, float | int]:

@@ -231,25 +231,28 @@ def load_opinions(folder: Path, names: dict[str, list[str]], dataset: Dataset) -
 def load(folder: Path, names: dict[str, list[str]], dataset: Dataset | None = None) -> list[Annotation]:
     """Read and validate every annotation of `folder`, in the order of the episodes (with `dataset`, of its used ones)."""
     lengths = {e.index: e.length for e in dataset.episodes} if dataset else None
-    annotations = []
+    found = []
     for path in sorted(folder.glob("[0-9]*.json")):
         if not path.stem.isdecimal() or path.name != file_name(int(path.stem)):
             raise AnnotationError(
                 f"{path.name}: files in {folder.name} are named after their episode, such as {file_name(3)}: rename "
                 "this one, or take it away"
             )
-        if lengths is not None and int(path.stem) not in lengths:
-            continue
-        try:
-            annotation = parse(path.read_bytes(), names, lengths and lengths[int(path.stem)])
-        except AnnotationError as error:
-            raise AnnotationError(
-                f"{path.name}: {error}\nAnnotate it again (delete the file), or correct it."
-            ) from None
-        if annotation.episode != int(path.stem):
-            raise AnnotationError(f"{path.name}: says that it is of episode {annotation.episode}")
-        annotations.append(annotation)
-    return annotations
+        if lengths is None or int(path.stem) in lengths:
+            found.append(load_one(path, names, lengths and lengths[int(path.stem)]))
+    return found
+
+
+def load_one(path: Path, names: dict[str, list[str]], length: int | None = None) -> Annotation:
+    """Read and validate one file. Raises AnnotationError that names it."""
+    where = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    try:
+        annotation = parse(path.read_bytes(), names, length)
+    except AnnotationError as error:
+        raise AnnotationError(f"{where}: {error}\nAnnotate it again (delete the file), or correct it.") from None
+    if annotation.episode != int(path.stem):
+        raise AnnotationError(f"{where}: says that it is of episode {annotation.episode}")
+    return annotation
 
 
 # --- LeRobot's columns ----------------------------------------------------------------------------------------------

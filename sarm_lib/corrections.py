@@ -110,8 +110,10 @@ def apply(
     rejected, outcomes = [], []
     for correction in corrections:
         episode, current = correction.episode, by_episode.get(correction.episode)
+        # What is said of a head that this annotation mode does not ask about waits for a mode that does.
+        asked = [head for head, names in vocabulary.items() if names != [SINGLE_STAGE]]
         changed = current is None or not all(
-            _alike(current.head(head), was, frames) for head, was in correction.was.items()
+            _alike(current.head(head), was, frames) for head, was in correction.was.items() if head in asked
         )
         if episode not in lengths:
             outcome, note = "unfit", "the dataset, as it is used here, has no such episode"
@@ -124,13 +126,16 @@ def apply(
             note = "the annotation is no longer the one that was accepted: look again" if changed else correction.why
         else:
             base = current or Annotation(episode, lengths[episode], "manual", None, None)
-            heads = {head: correction.segments.get(head, base.head(head)) for head in HEADS}
+            said = {head: given for head, given in correction.segments.items() if head in asked}
+            heads = {head: said.get(head, base.head(head)) for head in HEADS}
             heads |= _whole(vocabulary, lengths[episode])
             fixed = Annotation(episode, lengths[episode], "corrected", **heads, provenance={"corrects": base.annotator})
             try:
                 validate(fixed, vocabulary)
             except AnnotationError as error:
                 outcome, note = "unfit", str(error)
+                if current is None and (missing := [head for head in asked if head not in said]):
+                    note = f"nobody annotated this episode, so that its fix has to give {' and '.join(missing)} segments too"
                 if any(f.rule == "vocabulary" and f.subtask for f in violations(fixed, vocabulary)):
                     note += "\nIf a subtask was renamed in params.yaml, rename it in this correction too."
             else:
@@ -305,6 +310,8 @@ def _entries(path: Path, kind: Kind, dataset: Dataset) -> list:
 def _explain(path: Path, kind: Kind, content: Any, error: ValidationError) -> str:
     """The first thing that is wrong with a file: which episode, what, and what was expected."""
     first = error.errors()[0]
+    if len(first["loc"]) == 1 and first["type"] == "extra_forbidden":
+        return f"{path.name}: unknown key {first['loc'][0]!r} (docs/annotations.md has those that there are)"
     if len(first["loc"]) < 2:
         return f"{path.name}: needs `dataset:` and a list under `{kind}:` (docs/annotations.md)"
     _, number, *keys = first["loc"]
@@ -316,6 +323,8 @@ def _explain(path: Path, kind: Kind, content: Any, error: ValidationError) -> st
         return f"{place}: unknown key (docs/annotations.md has those that there are)"
     if first["type"] == "value_error":
         return f"{place}: {first['ctx']['error']}"
+    if first["type"] == "model_type":
+        return f"{place}: expected keys and their values, found {first['input']!r}"
     return f"{place}: {first['msg'].lower()}" + ("" if first["type"] == "missing" else f", found {first['input']!r}")
 
 
@@ -348,8 +357,15 @@ def _yaml(path: Path) -> Any:
 
     try:
         return YAML(typ="safe", pure=True).load(io.StringIO(path.read_text()))
-    except (YAMLError, UnicodeDecodeError) as error:
-        raise AnnotationError(f"{path.name} is not YAML: {error}") from None
+    except RecursionError:
+        raise AnnotationError(f"{path.name} is not YAML of ours: it is nested too deeply") from None
+    except (
+        YAMLError,
+        ValueError,
+        ArithmeticError,
+        TypeError,
+    ) as error:  # ruamel makes dates and numbers of what it reads
+        raise AnnotationError(f"{path.name} is not YAML that can be read: {error}") from None
 
 
 # --- writing ------------------------------------------------------------------------------------------------------------
@@ -410,9 +426,10 @@ def _put(path: Path, kind: Kind, dataset: Dataset, episode: int, entry: dict | N
     """
     before = _entries(path, kind, dataset)
     text = path.read_text() if path.exists() else _dump({"dataset": fingerprint(dataset.root), kind: None})
+    newline = "\r\n" if path.exists() and b"\r\n" in path.read_bytes() else "\n"
     text = text if text.endswith("\n") else f"{text}\n"
-    start, pieces, end, column = _cut(text, kind) or _cut(_in_lines(text, kind), kind)
-    assert [piece.episode for piece in pieces] == [e.episode for e in before]
+    episodes = [e.episode for e in before]
+    start, pieces, end, column = _cut(text, kind, episodes) or _cut(_in_lines(text, kind), kind, episodes)
     known = next((piece for piece in pieces if piece.episode == episode), None)
     if entry is None and known:
         known.lines = ""
@@ -422,25 +439,26 @@ def _put(path: Path, kind: Kind, dataset: Dataset, episode: int, entry: dict | N
         place = next((i for i, piece in enumerate(pieces) if piece.episode > episode), len(pieces))
         pieces.insert(place, _Piece(episode, "", _lines(entry, column)))
     with staged(path) as partial:
-        partial.write_text(start + "".join(piece.above + piece.lines for piece in pieces) + end)
+        text = start + "".join(piece.above + piece.lines for piece in pieces) + end
+        partial.write_text(text, newline=newline)
 
 
-def _cut(text: str, kind: Kind) -> tuple[str, list[_Piece], str, int] | None:
-    """The text before the entries, these, the text behind them, and the column of their dashes; None where entries do
-    not begin on lines of their own."""
+def _cut(text: str, kind: Kind, episodes: list[int]) -> tuple[str, list[_Piece], str, int] | None:
+    """The text before the entries, which are of these `episodes`, the entries, the text behind them, and the column of their
+    dashes; None where entries do not begin on lines of their own."""
     from ruamel.yaml import YAML
     from ruamel.yaml.nodes import SequenceNode
 
     key, listed = next(pair for pair in YAML(pure=True).compose(text).value if pair[0].value == kind)
     items = listed.value if isinstance(listed, SequenceNode) else []
+    assert len(items) == len(episodes)
     last = text.index("\n", key.end_mark.index) + 1  # behind what was cut off so far
-    starts = [text.rindex("\n", 0, item.start_mark.index) + 1 for item in items]
+    starts = [text.rfind("\n", 0, item.start_mark.index) + 1 for item in items]
     dashes = [re.match(r" *- ", text[start:]) for start in starts]
     if not all(dashes) or (isinstance(listed, SequenceNode) and listed.flow_style):
         return None
     begin, pieces = text[:last], []
-    for item, start, stop in zip(items, starts, [*starts[1:], listed.end_mark.index]):
-        episode = next(int(value.value) for name, value in item.value if name.value == "episode")
+    for episode, start, stop in zip(episodes, starts, [*starts[1:], listed.end_mark.index]):
         end = start + COMMENTS_BELOW.search(text[start:stop]).start()
         pieces.append(_Piece(episode, text[last:start], text[start:end]))
         last = end
@@ -451,6 +469,7 @@ def _in_lines(text: str, kind: Kind) -> str:
     """The same content, an entry on lines of its own."""
     content = _round_trip().load(text)
     content[kind] = list(content[kind]) or None
+    content.fa.set_block_style()
     return _dump(content)
 
 

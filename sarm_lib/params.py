@@ -301,6 +301,12 @@ class Paths:
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
+    def shared(self, name: str) -> Path:
+        """Where work lies that is named by a hash of all that decides it: one place for all runs, overridden or not."""
+        path = self._outputs / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
     def read(self, name: str, made_by: str) -> Path:
         """Where the artifact `name` lies. Raises FileNotFoundError that names the notebook that makes it."""
         for folder in filter(None, (self._scratch, self._outputs)):

@@ -87,7 +87,10 @@ def temporal_proportions(annotations: list[Annotation], head: str, names: list[s
             frames[names.index(segment.subtask)] += segment.end - segment.start + 1
         shares.append(frames / annotation.length)
     if not shares:
-        raise ValueError(f"no episode has {head} annotations: annotate some first (notebook 01)")
+        raise ValueError(
+            f"no episode with {head} annotations is there to count: annotate some training episodes (notebook 01), or, where "
+            "all of them are rejected, take some rejections back (notebook 02)"
+        )
     return np.mean(shares, axis=0)
 
 

@@ -163,6 +163,21 @@ def test_an_opinion_counts_as_far_as_it_agrees_with_held_out_marks():
     assert agreement.trust(upside_down, marks, names, 10) == {"sparse": 0.0}  # worse than a coin counts nothing
 
 
+def test_how_often_a_confidence_is_right():
+    """At 10 frames a second, a boundary one frame off is right and one two frames off is not; starts do not count."""
+    own, sure = segments((0, 0), (1, 20), (2, 30)), {"sparse": (0.1, 0.95, 0.999)}
+    given = [Annotation(e, 40, "propagate", own, None, sure) for e in (1, 2, 3)]
+    true = {1: segments((0, 0), (1, 21), (2, 30)), 2: segments((0, 0), (1, 22), (2, 30)), 4: own}
+    found = agreement.reliability(true, given, "sparse", NAMES, 10)
+    assert found == {
+        "0.9 to 0.99": {"boundaries": 2, "mean_confidence": 0.95, "found": 0.5},
+        "0.99 or more": {"boundaries": 2, "mean_confidence": 0.999, "found": 1.0},
+    }
+    unsure = [Annotation(1, 40, "keyframes", own, None)]
+    assert agreement.reliability(true, unsure, "sparse", NAMES, 10) == {}
+    assert agreement.not_marked([*unsure, Annotation(2, 40, "manual", own, None)]) == unsure
+
+
 def test_references_without_an_annotation_are_counted():
     own = segments((0, 0), (1, 20))
     pairs = agreement.compare_all({1: own, 2: own, 3: own}, [Annotation(2, 40, "x", own, None)], "sparse", NAMES, 10)

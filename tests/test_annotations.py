@@ -271,6 +271,16 @@ def test_files_are_read_back_as_they_were_written(tmp_path):
     assert annotations.load(tmp_path / "a", NAMES) == written
 
 
+def test_opinions_are_read_back_by_name_and_those_of_an_earlier_run_are_gone(tmp_path, tiny):
+    demos = open_dataset(tiny)
+    episode = demos.episodes[0]
+    names = {"dense": ["reach", "grasp"]}
+    whole = [Annotation(episode.index, episode.length, "x", None, (Segment("reach", 0, episode.length - 1),))]
+    annotations.save_opinions(tmp_path / "opinions", {"keyframes": whole, "vlm-seed-1": [], "old": whole}, names)
+    annotations.save_opinions(tmp_path / "opinions", {"keyframes": whole, "vlm-seed-1": []}, names)
+    assert annotations.load_opinions(tmp_path / "opinions", names, demos) == {"keyframes": whole, "vlm-seed-1": []}
+
+
 def test_a_file_that_is_not_named_after_an_episode_is_said(tmp_path):
     annotations.save(tmp_path / "a", [annotation(Segment("reach", 0, 19))], NAMES)
     text = (tmp_path / "a/000007.json").read_text()

@@ -69,6 +69,17 @@ def test_a_killed_run_goes_on_where_it_was(demos, tmp_path):
     assert len(afresh.asked) == 8
 
 
+def test_a_stored_answer_that_was_damaged_is_asked_for_again(demos, tmp_path, caplog):
+    annotators.run(Scripted({}), demos, SPARSE, tmp_path)
+    stored = next(tmp_path.glob("*/000003.json"))
+    stored.write_text(stored.read_text()[:40])
+    assert [e.index for e in annotators.waiting(Scripted({}), demos, SPARSE, tmp_path)] == [3]
+    again = Scripted({})
+    done, _ = annotators.run(again, demos, SPARSE, tmp_path)
+    assert again.asked == [3] and len(done) == 8
+    assert str(stored) in caplog.text and "asked about it again" in caplog.text
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 8)), max_size=6))
 def test_whatever_is_killed_no_answer_is_lost_and_none_is_asked_for_twice(demos, runs):

@@ -8,6 +8,8 @@ from dataclasses import replace
 import jsonschema
 import pytest
 import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from sarm_lib import corrections, pipeline
 from sarm_lib.annotations import Annotation, AnnotationError, Segment
@@ -94,6 +96,107 @@ corrections:
 dataset: {f}
 # the rest is fine""",
 }
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_the_line_endings_of_windows_stay(demos, tmp_path, layout):
+    path = tmp_path / "corrections.yaml"
+    path.write_text(layout.format(f=fingerprint(demos.root)), newline="\r\n")
+    corrections.record_correction(path, demos, fix(annotation(demos, 3), 9))
+    assert path.read_bytes().count(b"\r\n") == path.read_bytes().count(b"\n") > 10
+
+
+@pytest.mark.parametrize("entries", ["[]", "[{{episode: 0x3, verdict: reject}}, {{episode: 5, verdict: reject}}]"])
+def test_what_stands_on_one_line_is_put_on_several_and_kept(demos, tmp_path, entries):
+    path = tmp_path / "corrections.yaml"
+    path.write_text(("{{dataset: '{f}', corrections: " + entries + "}}").format(f=fingerprint(demos.root)))
+    before = corrections.read_corrections(path, demos)
+    corrections.record_correction(path, demos, fix(annotation(demos, 4), 9))
+    after = corrections.read_corrections(path, demos)
+    assert [c for c in after if c.episode != 4] == before and [c.episode for c in after] == sorted(
+        {4, *(c.episode for c in before)}
+    )
+
+
+PIECES = "- : # [ ] { } ' | > & * ! % @ ` ? , ~ null 0x3 1e400 2026-02-30 2026-11-24T25:00:00 !!int !!float .nan episode verdict".split()
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_a_mangled_file_is_read_or_refused_by_name_and_never_lost(demos, tmp_path, data):
+    """A file of corrections with pieces of YAML put in and lines taken out: read, or an AnnotationError that names the file;
+    what can be read can be written to, and only the entry that was written is another one."""
+    path = tmp_path / "corrections.yaml"
+    text = data.draw(st.sampled_from(list(LAYOUTS.values()))).format(f=fingerprint(demos.root))
+    for _ in range(data.draw(st.integers(0, 3))):
+        at = data.draw(st.integers(0, len(text)))
+        gone = data.draw(st.sampled_from([0, 0, 1, 8, 40]))
+        text = text[:at] + data.draw(st.sampled_from([*PIECES, "\n", " ", "\t", ""])) + text[at + gone :]
+    path.write_text(text)
+    try:
+        before = corrections.read_corrections(path, demos)
+    except AnnotationError as error:
+        assert "corrections.yaml" in str(error)
+        with pytest.raises(AnnotationError):
+            corrections.record_correction(path, demos, fix(annotation(demos, 3), 9))
+        assert path.read_text() == text
+        return
+    corrections.record_correction(path, demos, fix(annotation(demos, 3), 9))
+    after = corrections.read_corrections(path, demos)
+    assert [c for c in after if c.episode != 3] == [c for c in before if c.episode != 3]
+    assert sum(c.episode == 3 for c in after) == 1
+
+
+@pytest.mark.parametrize(
+    ("said", "found"),
+    [
+        ("when: 2026-02-30", "not YAML that can be read: day is out of range"),
+        ("when: 2026-11-24T25:00:00", "not YAML that can be read: hour must be in"),
+        ("why: " + "[" * 5000, "nested too deeply"),
+        ("why: !!int abc", "not YAML that can be read"),
+    ],
+)
+def test_what_yaml_itself_chokes_on_names_the_file(demos, tmp_path, said, found):
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        f"dataset: {fingerprint(demos.root)}\ncorrections:\n  - episode: 3\n    verdict: reject\n    {said}\n"
+    )
+    with pytest.raises(AnnotationError, match=r"c\.yaml is not YAML") as error:
+        corrections.read_corrections(path, demos)
+    assert found in str(error.value)
+
+
+def test_a_key_that_does_not_belong_is_named(demos, tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(f"dataset: {fingerprint(demos.root)}\nversion: 2\ncorrections:\n")
+    with pytest.raises(AnnotationError, match=r"c\.yaml: unknown key 'version'"):
+        corrections.read_corrections(path, demos)
+    path.write_text(f"dataset: {fingerprint(demos.root)}\ncorrections:\n  - 3\n")
+    with pytest.raises(
+        AnnotationError, match=r"entry 1: expected keys and their values, found 3"
+    ):
+        corrections.read_corrections(path, demos)
+
+
+def test_what_a_mode_does_not_ask_about_waits_for_one_that_does(demos):
+    """Fixes and acceptances of subtasks say nothing where the whole episode is one stage, and are not unfit there."""
+    whole = {"sparse": ["task"]}
+    length = demos.episodes[1].length
+    given = Annotation(1, length, "single_stage", (Segment("task", 0, length - 1),), None)
+    said = [fix(annotation(demos, 1), 7), corrections.of_now(annotation(demos, 3), "accept")]
+    reviewed = corrections.apply(
+        [given, replace(given, episode=3, length=demos.episodes[3].length, sparse=(Segment("task", 0, demos.episodes[3].length - 1),))],
+        said, demos, whole,
+    )  # fmt: skip
+    assert [o.outcome for o in reviewed.outcomes] == ["fixed", "accepted"]
+    assert reviewed.annotations[0].sparse == given.sparse
+
+
+def test_a_fix_of_an_episode_that_nobody_annotated_says_which_head_it_lacks(demos):
+    both = {"sparse": ["reach", "grasp"], "dense": ["go", "stop"]}
+    reviewed = corrections.apply([], [fix(annotation(demos, 1), 7)], demos, both)
+    assert reviewed.outcomes[0].outcome == "unfit"
+    assert "nobody annotated this episode, so that its fix has to give dense segments too" in reviewed.outcomes[0].note
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
@@ -224,9 +327,9 @@ def test_an_episode_that_nobody_annotated_can_be_fixed(demos):
         ("dataset: abcd\ncorrections: []", "is about another dataset (abcd"),
         ("dataset: {f}\ncorrections:\n- verdict: fix", "entry 1, episode: field required"),
         ("dataset: {f}\ncorrections:\n- {{episode: -1, verdict: reject}}", "episode -1, episode: input should be"),
-        ("dataset: {f}\ncorrections:\n- reject", "entry 1: input should be a valid dictionary"),
+        ("dataset: {f}\ncorrections:\n- reject", "entry 1: expected keys and their values, found 'reject'"),
         ("dataset: {f}\ncorrections: 3", "needs `dataset:` and a list"),
-        ("dataset: {f}\ncorrections: []\nmarks: []", "needs `dataset:` and a list"),
+        ("dataset: {f}\ncorrections: []\nmarks: []", "unknown key 'marks'"),
         (
             "dataset: {f}\ncorrections:\n- {{episode: 1, verdict: maybe}}",
             "episode 1, verdict: input should be 'accept', 'fix' or 'reject', found 'maybe'",
@@ -237,7 +340,7 @@ def test_an_episode_that_nobody_annotated_can_be_fixed(demos):
         ),
         (
             "dataset: {f}\ncorrections:\n- {{episode: 1, verdict: accept, was: [[reach, 0, 9]]}}",
-            "episode 1, was: input should be a valid dictionary",
+            "episode 1, was: expected keys and their values, found",
         ),
         (
             "dataset: {f}\ncorrections:\n- {{episode: 1, verdict: accept, was: {{sparse: [[reach, 0]]}}}}",

@@ -51,6 +51,7 @@ class Annotator(Protocol):
 
 def from_params(params, dataset: Dataset, *, name: str | None = None, seed: int | None = None) -> Annotator:
     """The annotator that `params.annotate` names (or `name`). Raises AnnotationError for what it needs and does not have."""
+    annotations.video_key(params, dataset)  # people look at it too: a wrong name is told here, not in the next chapter
     annotator = _from_params(params, dataset, name or params.annotate.annotator, seed)
     return Existing(annotator) if params.annotate.visualize_only else annotator
 
@@ -168,7 +169,9 @@ def run(
     episodes = list(dataset.episodes if episodes is None else episodes)
     folder = _folder(annotator, dataset, vocabulary, work)
     answers = _answers(annotator, folder, skip_existing)
-    done = {a.episode: a for a in annotations.load(answers, vocabulary, dataset)}
+    done, unreadable = _stored(answers, vocabulary, dataset)
+    for reason in unreadable:
+        log.warning("%s\nThe annotator is asked about it again.", reason)
     todo = [episode for episode in episodes if episode.index not in done]
     lengths = {episode.index: episode.length for episode in dataset.episodes}
     failures: dict[int, Failure] = {}
@@ -210,8 +213,8 @@ def waiting(
 ) -> list[Episode]:
     """Episodes about which `run` would ask the annotator."""
     answers = _answers(annotator, _folder(annotator, dataset, vocabulary, work), skip_existing)
-    episodes = dataset.episodes if episodes is None else episodes
-    return [episode for episode in episodes if not (answers / annotations.file_name(episode.index)).exists()]
+    done, _ = _stored(answers, vocabulary, dataset)
+    return [episode for episode in (dataset.episodes if episodes is None else episodes) if episode.index not in done]
 
 
 def _folder(annotator: Annotator, dataset: Dataset, vocabulary: dict[str, list[str]], work: Path) -> Path:
@@ -221,6 +224,21 @@ def _folder(annotator: Annotator, dataset: Dataset, vocabulary: dict[str, list[s
 def _answers(annotator: Annotator, folder: Path, skip_existing: bool) -> Path:
     """Where the answers of a run are, and those of a killed one that it continues."""
     return folder if skip_existing or isinstance(annotator, Existing) else folder / "again"
+
+
+def _stored(
+    folder: Path, vocabulary: dict[str, list[str]], dataset: Dataset
+) -> tuple[dict[int, Annotation], list[AnnotationError]]:
+    """Answers of earlier runs, by episode, and what is wrong with those that cannot be read (any more)."""
+    found, unreadable = {}, []
+    for episode in dataset.episodes:
+        path = folder / annotations.file_name(episode.index)
+        try:
+            if path.exists():
+                found[episode.index] = annotations.load_one(path, vocabulary, episode.length)
+        except AnnotationError as error:
+            unreadable.append(error)
+    return found, unreadable
 
 
 def _through_the_gate(

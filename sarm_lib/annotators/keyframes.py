@@ -29,7 +29,7 @@ FLOOR = 0.1  # least standard deviation of a Gaussian, in standardised units
 
 class KeyframeAnnotator:
     """Annotates any dataset with states. Raises AnnotationError where every training episode is too short for the
-    vocabulary."""
+    vocabulary, or the states stand still in all of them."""
 
     def __init__(self, dataset: Dataset, vocabulary: dict[str, list[str]]) -> None:
         self.dataset, self.vocabulary = dataset, vocabulary
@@ -60,6 +60,11 @@ class KeyframeAnnotator:
         if not training:
             raise AnnotationError(
                 f"keyframes: no training episode has {2 * count} frames, which {count} subtasks need; use fewer names"
+            )
+        if not any(np.ptp(signals[e.rows], axis=0).any() for e in training):
+            raise AnnotationError(
+                f"keyframes: {self.dataset.state_key} is the same in every frame of each training episode; set base.state_key "
+                "to the robot's state, or take another annotator"
             )
         short = sorted(training, key=lambda e: e.length)[: max(1, len(training) // 4)]
         pieces = {e.index: (signals[e.rows], keyframes(signals[e.rows], self.dataset.fps)) for e in training}
@@ -100,6 +105,7 @@ def keyframes(signals: np.ndarray, fps: float) -> np.ndarray:
 def _equal_parts(signals: np.ndarray, count: int) -> np.ndarray:
     """Labels that cut the way which the robot covers into equal parts, (T,)."""
     way = np.cumsum(np.linalg.norm(signals[:, signals.shape[1] // 2 :], axis=1))
+    way = way if way[-1] else np.arange(1, len(way) + 1)  # a robot that stands still: equal times
     return np.minimum((way / way[-1] * count).astype(np.int64), count - 1)
 
 

@@ -6,7 +6,7 @@ transitions are counted in the marks. Both heads are decoded together, as pairs 
 that they never contradict each other.
 
 Each boundary carries a confidence: the probability, by the same model, that it lies within `WITHIN` seconds of where it
-is put; each segment a doubt: how far the network took its frames for something else, before the order of subtasks was
+is put (surer of itself than a few marks warrant: notebook 02 says how often it is right); each segment a doubt: how far the network took its frames for something else, before the order of subtasks was
 imposed on it. Check the doubtful ones, mark one or two of them, and run again.
 """
 
@@ -17,19 +17,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sarm_lib.agreement import segments_of
+from sarm_lib.agreement import WITHIN, segments_of
 from sarm_lib.annotations import Annotation, AnnotationError
 from sarm_lib.annotators.sequences import Chain, best_path, chain, entries, standardised, velocity
 from sarm_lib.artifacts import code_digest, digest
 from sarm_lib.dataset import Dataset, Episode, rows_of
 from sarm_lib.encoder import Embeddings
+from sarm_lib.live import bar
 
 COMPONENTS = 8  # principal components of each camera's embeddings
 WIDTH, LAYERS, DROPOUT = 48, 4, 0.3
 STEPS, LEARNING_RATE, WEIGHT_DECAY, NOISE, SMOOTHING = 250, 3e-3, 1e-2, 0.3, 0.05
 MEMBERS = 5  # of the ensemble
 SHARPNESS = 0.5  # neighbouring frames are not independent evidence
-WITHIN = 0.1  # seconds
 CHUNK = 2**16  # frames
 
 
@@ -82,7 +82,7 @@ class PropagateAnnotator:
         order = np.array([[self.names[h].index(n) for h, n in zip(self.heads, s)] for s in states])
         model = chain(list(labels.values()), np.lexsort(order.T).argsort())
         with one_thread():
-            ensemble = [train(examples, len(states), seed) for seed in self.members]
+            ensemble = [train(examples, len(states), s) for s in bar(self.members, desc="learning", unit="member")]
         marked = {mark.episode: mark for mark in self.marks}
         for episode in episodes:
             if episode.index in marked:

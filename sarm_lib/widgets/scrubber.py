@@ -176,7 +176,7 @@ class Scrubber(Player):
     def still(self) -> Image.Image:
         """The shown episode as a picture: ten of its frames over what is said of them."""
         shown = self._episodes[self.episode]
-        images = self._dataset.read_frames(shown, self._dataset.camera_keys[0], middles(shown.length, 10))
+        images = self._dataset.read_frames(shown, self._dataset.image_keys[0], middles(shown.length, 10))
         rows = {head: [(s.subtask, s.start, s.end) for s in segments] for head, segments in self._shown.items()}
         given = images, rows, self._vocabulary, shown.length, self._dataset.fps
         return annotated_episode(*given, f"episode {shown.index}")
