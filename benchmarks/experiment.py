@@ -2,8 +2,9 @@
 
     python -m benchmarks.experiment [--arms bc rabc ...] [--seeds 0 1 2 3 4] [--jobs 2] [--kind test|tune] [--steps N]
     python -m benchmarks.experiment --policy multi_task_dit --arms bc rabc  # a second kind of policy
-    python -m benchmarks.experiment --arms rabc_single top_k --missing      # more arms; runs that are stored stay
+    python -m benchmarks.experiment --arms rabc_single top_k                # more arms; runs that are stored stay
     python -m benchmarks.experiment --arms rabc shuffled --anew             # these again, by other weights; other arms stay
+    python -m benchmarks.experiment --arms                                  # none: the table of what is stored
     python -m benchmarks.experiment --film docs/rollouts.gif --seeds 0      # the first starts, by policies that are trained
 
 The same policy, data and training budget for every arm; an arm decides only how often each training frame is drawn
@@ -20,6 +21,9 @@ duration_filter  the faster half of the episodes that succeeded
 top_k            as much of the data as rabc keeps, by highest r
 clean_only       the episodes without an imperfection
 
+Runs of other code, weights or parameters are never mixed within an arm, and arms of other code are not compared: to add seeds
+to what is stored, run at the commit that it names (`git worktree add ../experiment <commit>`).
+
 oracle, success_filter, duration_filter and clean_only know the simulator's truth: they are references, and nothing reads
 what they leave. The second policy is LeRobot's diffusion transformer on CLIP's picture of a frame, with the demo's own small
 encoder in CLIP's place: another architecture, and a loss that is given as a mean only. Starts of
@@ -29,9 +33,11 @@ encoder in CLIP's place: another architecture, and a loss that is given as a mea
 import argparse
 import concurrent.futures
 import functools
+import inspect
 import json
 import multiprocessing
 import os
+import subprocess
 import threading
 import time
 from collections.abc import Sequence
@@ -162,7 +168,7 @@ def run(arm: str, seed: int, kind: str, overrides: str, device: str, work: str) 
     origin = {
         "policy": artifacts.read_json(folder / "policy" / artifacts.PROVENANCE),
         "starts": [STARTS[kind].start, STARTS[kind].stop],
-        "code": artifacts.code_digest("evaluate"),
+        "code": code(),
     }
     if result.exists() and artifacts.read_json(result)["made_from"] == origin:
         return artifacts.read_json(result)
@@ -186,8 +192,27 @@ def run(arm: str, seed: int, kind: str, overrides: str, device: str, work: str) 
     return found
 
 
+def code() -> str:
+    """Names what trains, weights and acts: the library's, the demo's simulator and the arms."""
+    from sarm_lib import artifacts
+
+    ours = [artifacts.code_digest("policy"), artifacts.code_digest("evaluate")]
+    demo = [artifacts.file_digest(Path("demo") / f"{name}.py") for name in ("environment", "simulator")]
+    return artifacts.digest(*ours, *demo, inspect.getsource(arm_weights), inspect.getsource(single_stage_weights))
+
+
+def commit() -> str | None:
+    """The checkout's commit, with a mark where files differ from it; None without git."""
+    try:
+        found = ["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"]
+        return subprocess.run(found, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 def made_from(arm: str, config) -> dict:
-    """What all runs of an arm have in common: the weights, if it reads any, the parameters of `params.yaml` and the code."""
+    """What all runs of an arm have in common: the weights, if it reads any, the parameters of `params.yaml` and the code, by
+    its digest and by the commit to go back to."""
     from sarm_lib import artifacts
 
     source = None
@@ -198,16 +223,20 @@ def made_from(arm: str, config) -> dict:
     return {
         "weights": source,
         "parameters": artifacts.digest(config.policy.model_dump(), config.rabc.model_dump()),
-        "code": artifacts.digest(artifacts.code_digest("policy"), artifacts.code_digest("evaluate")),
+        "code": code(),
+        "commit": commit(),
     }
 
 
 def report(runs: dict[str, dict[int, dict]], common: dict, origins: dict[str, dict]) -> dict:
-    """Success of every arm, and its difference from plain BC and from shuffled weights, with intervals. common: what all arms
-    share; origins: what `made_from` says of each."""
+    """Success of every arm, and its difference from plain BC and from shuffled weights where the same code trained both, with
+    intervals. common: what all arms share; origins: what `made_from` says of each."""
     import numpy as np
 
     from sarm_lib import statistics
+
+    def alike(*arms: str) -> bool:
+        return len({origins[arm]["code"] for arm in arms}) == 1
 
     arms = {}
     for arm, by_seed in sorted(runs.items(), key=lambda item: ARMS.index(item[0])):
@@ -224,7 +253,7 @@ def report(runs: dict[str, dict[int, dict]], common: dict, origins: dict[str, di
         }
         for other in ("bc", "shuffled"):
             shared = sorted(set(by_seed) & set(runs.get(other, {})))
-            if arm != other and shared:
+            if arm != other and shared and alike(arm, other):
                 mine, theirs = (np.array([r[s]["succeeded"] for s in shared]) for r in (by_seed, runs[other]))
                 arms[arm][f"over_{other}"] = statistics.paired_difference(mine, theirs)
     shared = set.intersection(
@@ -233,7 +262,7 @@ def report(runs: dict[str, dict[int, dict]], common: dict, origins: dict[str, di
     bc, ours, oracle = (
         (sum(runs[arm][s]["successes"] for s in shared) for arm in ("bc", "rabc", "oracle")) if shared else (0, 0, 0)
     )
-    if oracle != bc:
+    if oracle != bc and alike("bc", "rabc", "oracle"):
         arms["rabc"]["gap_closed"] = (ours - bc) / (oracle - bc)
     return {**common, "arms": arms}
 
@@ -291,20 +320,26 @@ def stored(
         return {}, origins
     found = json.loads(results.read_text())
     other = [key for key in common if found.get(key) != common[key]]
-    other += [
-        f"{key} in {arm}"
-        for arm in origins.keys() & found["arms"].keys() - set(again)
-        for key in origins[arm]
-        if found["arms"][arm]["made_from"].get(key) != origins[arm][key]
+    stays = {arm: value["made_from"] for arm, value in found["arms"].items() if arm not in again}
+    differing = [
+        (arm, key)
+        for arm in origins.keys() & stays.keys()
+        for key in origins[arm].keys() - {"commit"}
+        if stays[arm].get(key) != origins[arm][key]
     ]
+    other += [f"{key} in {arm}" for arm, key in differing]
     if other:
-        raise SystemExit(f"{results.name} has runs with other {', '.join(sorted(other))}; move it away to begin anew")
+        commits = sorted({str(stays[arm].get("commit")) for arm, _ in differing} - {"None"})
+        where = f", or go on at commit {', '.join(commits)} (git worktree add ../experiment <commit>)" if commits else ""
+        raise SystemExit(
+            f"{results.name} has runs with other {', '.join(sorted(other))}: --anew runs these arms again{where}; or move the file away"
+        )
     runs = {
         arm: {run["seed"]: run | {"succeeded": [int(s) for s in run["succeeded"]]} for run in value["runs"]}
         for arm, value in found["arms"].items()
         if arm not in again
     }
-    return runs, {**{arm: value["made_from"] for arm, value in found["arms"].items()}, **origins}
+    return runs, {**origins, **stays}
 
 
 def table(found: dict) -> str:
@@ -325,7 +360,9 @@ def table(found: dict) -> str:
     if len(codes) > 1:
         lines += [
             "",
-            "Trained by different versions of the code: " + "; ".join(", ".join(arms) for arms in codes.values()) + ".",
+            "Trained by different versions of the code, and not compared: "
+            + "; ".join(", ".join(arms) for arms in codes.values())
+            + ".",
         ]
     return "\n".join(lines)
 
@@ -342,10 +379,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, help="runs at a time: on a CPU a core each, on a GPU one, if not said")
     parser.add_argument("--work", default="outputs/work/experiment")
     parser.add_argument(
-        "--missing", action="store_true", help="keep the runs that the results file has, and run the others"
-    )
-    parser.add_argument(
-        "--anew", action="store_true", help="keep the other arms of the results file, and run these again"
+        "--anew", action="store_true", help="keep the other arms of the results file, and run all seeds of these again"
     )
     parser.add_argument(
         "--film", type=Path, help="where to put a moving picture of bc and rabc, instead of running anything"
@@ -371,8 +405,8 @@ def main() -> None:
     # notebook 07 shows results of its own dataset alone
     common = {"settings": settings, "fingerprint": dataset.fingerprint(dataset.from_params(config).root)}
     origins = {arm: made_from(arm, config) for arm in arguments.arms}
-    keeps, again = arguments.missing or arguments.anew, arguments.arms if arguments.anew else ()
-    runs, origins = stored(results, common, origins, again) if keeps else ({}, origins)
+    reported, again = arguments.kind == "test", arguments.arms if arguments.anew else ()
+    runs, origins = stored(results, common, origins, again) if reported else ({}, origins)
     jobs = [(arm, seed) for arm, seed in jobs if seed not in runs.get(arm, {})]
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(arguments.jobs, context, end_with_parent) as pool:
@@ -385,9 +419,12 @@ def main() -> None:
             done = future.result()
             runs.setdefault(arm, {})[seed] = done
             print(f"{arm} {seed}: {done['successes']} of {done['rollouts']}, {done['seconds']}", flush=True)
-            if arguments.kind == "test":
+            if reported:
                 results.write_text(json.dumps(report(runs, common, origins), indent=1) + "\n")
-    print(table(report(runs, common, origins)))
+    found = report(runs, common, origins)
+    if reported:
+        results.write_text(json.dumps(found, indent=1) + "\n")
+    print(table(found))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from sarm_lib.statistics import roc_auc
 STALLED = 0.25  # of the mean r: below it a robot does not get on
 BAD_STRETCH_SECONDS = 0.25  # shorter ones are noise
 STEADY = "steady"  # nothing is wrong with an episode
+RISES = 0.5  # what most demonstrations gain from their first frame to their last
 LITTLE_TO_GAIN = 0.03  # share of frames in bad stretches below which there is nothing to filter
 QUALITY = {"productive": (0,), "recovering": (2,), "bad": (1, 3)}  # values of a simulator's `quality` column
 
@@ -24,6 +25,8 @@ QUALITY = {"productive": (0,), "recovering": (2,), "bad": (1, 3)}  # values of a
 def warnings(statistics: dict[str, float | int]) -> list[str]:
     """The guide's table of symptoms, in words; empty for a healthy weighting (mean weight 0.3 to 0.8)."""
     found = []
+    if statistics["kappa"] < 0:
+        found.append("κ below 0: frames that lose progress count in full; set rabc.kappa to 0 or more")
     if statistics["delta_mean"] <= 0:
         found.append("delta mean ≤ 0: predicted progress does not rise; look at the reward model (notebook 04) first")
     if statistics["delta_std"] < 1e-6:
@@ -80,6 +83,7 @@ def suggested_delta(
     mine = np.isin(weights.episode_index, train)
     length = float(np.median(np.bincount(weights.episode_index[mine])[train]))
     steps = np.diff(phi, n=2)[(weights.episode_index[2:] == weights.episode_index[:-2]) & mine[2:]]
+    steps = steps[np.isfinite(steps)]  # a file of LeRobot's may have gaps
     jitter = float(np.median(np.abs(steps)) / 0.6745 / math.sqrt(6)) if len(steps) else 0.0
     visible, shortest = math.ceil(3 * jitter * length), math.ceil(0.2 * fps)
     frames = int(min(max(visible, shortest, 1), chunk_size))
@@ -101,13 +105,23 @@ class Verdict:
         return f"RA-BC is {'likely' if self.likely else 'unlikely'} to help here: {self.because}"
 
 
-def verdict(weights: RabcWeights, train: list[int], fps: float) -> Verdict:
-    """Will the weights change what is learned, and for the better? Judged on the frames of `train`, without any truth."""
+def verdict(weights: RabcWeights, phi: np.ndarray, train: list[int], fps: float) -> Verdict:
+    """Is there something to filter, and does φ (N,) behave like progress? Judged on the frames of `train`, without any truth.
+
+    Weights and bad stretches both come from φ: whether it is right about the frames, no figure of it can say.
+    """
     statistics = weights.statistics(train)
     if statistics["delta_mean"] <= 0 or statistics["delta_std"] < 1e-6:
         return Verdict(False, "predicted progress does not rise, so the reward model says nothing about frames")
     if statistics["mean_weight"] > 0.95:
         return Verdict(False, f"κ = {weights.kappa:.3g} lets {statistics['mean_weight']:.0%} through; raise it first")
+    gains = np.array([phi[rows[-1]] - phi[rows[0]] for rows in _episodes(weights, train)])
+    if (rising := (gains > RISES).mean()) < 0.5:
+        return Verdict(
+            False,
+            f"predicted progress rises by {RISES} or more in {rising:.0%} of the training episodes only: demonstrations come "
+            "further than that, so look at the reward model first (notebook 04)",
+        )
     mine = np.isin(weights.episode_index, train)
     bad = np.concatenate([_in_stretches(weights, rows, fps) for rows in _episodes(weights, train)])
     share, weight = bad.mean(), weights.weight[mine]
@@ -121,7 +135,8 @@ def verdict(weights: RabcWeights, train: list[int], fps: float) -> Verdict:
     return Verdict(
         True,
         f"{share:.0%} of the training frames stand still or go back for {BAD_STRETCH_SECONDS} s or more; their mean weight is "
-        f"{weight[bad].mean():.2f}, that of the others {kept:.2f}",
+        f"{weight[bad].mean():.2f}, that of the others {kept:.2f}. Provided that φ is right about them: look at the "
+        "frames below",
     )
 
 

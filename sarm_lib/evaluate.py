@@ -83,9 +83,13 @@ def environment(
     )  # it would look at every picture
 
 
+def options_of(make: Callable[[], gymnasium.Env]) -> dict[str, Any]:
+    return make.keywords if isinstance(make, functools.partial) else {}
+
+
 def open_environments(make: Callable[[], gymnasium.Env], number: int) -> list[gymnasium.Env]:
     """So many environments, each of which has shown a picture. Raises Unavailable where they cannot run here, ValueError
-    where they show something else than LeRobot's do."""
+    where they show something else than LeRobot's do, or do not take the options that they are given."""
     try:
         environments = [make() for _ in range(number)]
         for env in environments:
@@ -93,6 +97,8 @@ def open_environments(make: Callable[[], gymnasium.Env], number: int) -> list[gy
             if known := isinstance(first, dict) and {"pixels", "agent_pos"} <= set(first):
                 observe([first])
     except Exception as error:  # simulators raise whatever their renderer raises
+        if isinstance(error, TypeError) and any(repr(name) in str(error) for name in options_of(make)):
+            raise ValueError(f"evaluate.environment_options: {error}") from error
         raise Unavailable(f"the simulator cannot run here ({type(error).__name__}: {error})") from error
     if not known:
         shown = ", ".join(first) if isinstance(first, dict) else type(first).__name__
@@ -202,7 +208,7 @@ def rollouts(
             if step % looks == 0:
                 shown = [_copy(seen[i]) if i in running else shown[i] for i in range(len(members))]
                 seen_now = observe(shown)
-                _check_cameras(model, seen_now)
+                _check_fit(model, seen_now, environments[0])
                 batch = preprocess({**seen_now, "task": [task] * len(members)})
             actions = postprocess(model.select_action(batch)).float().cpu().numpy()
             for i in sorted(running):
@@ -227,12 +233,21 @@ def rollouts(
     acted.close()
 
 
-def _check_cameras(policy: PreTrainedPolicy, observed: dict[str, torch.Tensor]) -> None:
-    """Raises ValueError where a policy would act without a camera that it was trained with: some do so in silence."""
+def _check_fit(policy: PreTrainedPolicy, observed: dict[str, torch.Tensor], env: gymnasium.Env) -> None:
+    """Raises ValueError where a policy would act without a camera that it was trained with (some do so in silence), or was
+    trained on states or actions of another size."""
     missing = [key for key in policy.config.image_features if key not in observed]
     if missing:
         shown = ", ".join(key for key in observed if "image" in key)
         raise ValueError(f"the policy sees {', '.join(missing)}; the environment shows {shown}")
+    taken = getattr(getattr(env, "action_space", None), "shape", None)  # not every environment says
+    sizes = [("states", policy.config.robot_state_feature, observed[OBS_STATE].shape[1:])]
+    sizes += [("actions", policy.config.action_feature, taken)] if taken else []
+    for name, feature, found in sizes:
+        if feature is not None and tuple(feature.shape) != tuple(found):
+            raise ValueError(
+                f"evaluate.environment: its {name} have {found[-1]} numbers, and the policy was trained on {feature.shape[0]}"
+            )
 
 
 def _copy(observation: dict[str, Any]) -> dict[str, Any]:
@@ -354,29 +369,31 @@ EXPERIMENT = {
 }
 
 
-def experiment(path: Path, fingerprint: str) -> pd.DataFrame | None:
+def experiment(path: Path, fingerprint: str, weights: str | None = None) -> pd.DataFrame | None:
     """What `make experiment` found on the dataset with this fingerprint, a row an arm, those of most training seeds first:
     None where it has not run on it. `attrs["settings"]` has the parameters of its policies.
 
     The success rate, plain BC's with the same training seeds, how much the one lies over the other with its 95 % interval
-    (over seeds and starts), the digest of the `weights` of arms that a reward model made ("" where it is not known), and what
-    the arm draws frames by.
+    (over seeds and starts; none where other code trained plain BC), the digest of the `weights` of arms that a reward model
+    made ("" where it is not known), and what the arm draws frames by. weights: digest of chapter 05's file, as it is now.
     """
     found = read_json(path) if path.exists() else {}
     if found.get("fingerprint") != fingerprint:
         return None
     rows = {}
     for arm, value in found["arms"].items():
-        over, made_from = value.get("over_bc", {}), value.get("made_from") or {}
+        over = value.get("over_bc", {"difference": 0.0} if arm == "bc" else {})
+        made_from = value.get("made_from") or {}
         rows[arm] = {
             "seeds": len(value["runs"]),
             "success rate": value["success_rate"],
-            "bc, same seeds": value["success_rate"] - over.get("difference", 0.0),
-            "over bc": over.get("difference"),
+            "bc, same seeds": value["success_rate"] - over["difference"] if over else None,
+            "over bc": over.get("difference") if arm != "bc" else None,
             "low": over.get("difference_low"),
             "high": over.get("difference_high"),
             "weights": (made_from.get("weights") or "")[:8],
-            "frames": EXPERIMENT.get(arm, ""),
+            "frames": EXPERIMENT.get(arm, "")
+            + (", as they were then" if made_from.get("weights") not in (None, weights) else ""),
         }
     table = pd.DataFrame(rows).T.sort_values("seeds", ascending=False, kind="stable").rename_axis("arm")
     table = table.astype({"seeds": int} | dict.fromkeys(table.columns[1:6], float)).round(3)

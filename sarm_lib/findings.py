@@ -171,7 +171,16 @@ def weighting(kappa: float, rule: float | str, mean_weight: float) -> str:
     """Which κ was chosen, by what, and what it does to the weight of the training frames."""
     healthy = "healthy" if 0.3 <= mean_weight <= 0.8 else "outside the healthy 0.3 to 0.8"
     how = f"by the rule `{rule}`" if isinstance(rule, str) else "as `rabc.kappa` says"
-    return f"κ = {kappa:.3g}, {how}: a frame that gains more in Δ frames counts in full; the mean weight is {mean_weight:.2f}, {healthy}"
+    said = f"κ = {kappa:.3g}, {how}: a frame that gains more in Δ frames counts in full; the mean weight is {mean_weight:.2f}, {healthy}"
+    if isinstance(rule, str) and rule.startswith("mean_weight=") and abs(float(rule[12:]) - mean_weight) > 0.02:
+        said += "; no κ gives the one that was asked for, and this is the nearest"
+    return said
+
+
+def reach(delta_frames: int, most: float, least: float, light: float) -> str:
+    """Which mean weights κ can give with a Δ: `most` at κ = 0, `least` where nothing exceeds it; light: the κ nearest to 0.3."""
+    said = f"with Δ = {delta_frames}, κ moves the mean weight between {most:.2f} (κ = 0) and {least:.2f}"
+    return f"{said}: below the healthy 0.3 from κ = {light:.2f} on" if least < 0.3 < most else said
 
 
 def kappas(table: pd.DataFrame, alike: float = 0.01) -> str:
@@ -277,6 +286,8 @@ def experiment(table: pd.DataFrame | None) -> str:
     if table is None or not {"bc", "rabc"} <= set(table.index):
         return "Did RA-BC help? The controlled experiment was not run on this dataset, so nothing here can say"
     bc, ours = table.loc["bc"], table.loc["rabc"]
+    if pd.isna(ours["over bc"]):
+        return "Did RA-BC help? The experiment's arms were trained by different code, so nothing here can say"
     helped = "yes" if ours["low"] > 0 else "no, it harmed" if ours["high"] < 0 else "that is not settled"
     said = [
         f"Did RA-BC help? In the experiment, {helped}: it succeeds in {ours['success rate']:.0%} of the rollouts, plain BC in "
@@ -290,6 +301,8 @@ def experiment(table: pd.DataFrame | None) -> str:
         said.append(f"{which}, shuffled among the frames: {shuffled['success rate']:.0%}{matters}")
     if "oracle" in table.index:
         said.append(f"Weights from the simulator's own labels: {table.loc['oracle', 'success rate']:.0%}")
+    if apart := [f"`{arm}`" for arm in table.index if arm != "bc" and pd.isna(table.loc[arm, "over bc"])]:
+        said.append(f"Trained by other code than plain BC, and so not compared with it: {', '.join(apart)}")
     if (table.seeds == 1).any():
         lone = ", ".join(f"`{arm}`" for arm in table.index[table.seeds == 1])
         said.append(f"One training seed, whose luck no interval knows: {lone}")

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from sarm_lib.annotations import Annotation, Segment, columns
 from sarm_lib.artifacts import read_provenance, remove, staged
-from sarm_lib.dataset import ANNOTATION_MARK, Dataset, fingerprint
+from sarm_lib.dataset import ANNOTATION_MARK, Dataset, fingerprint, open_dataset
 from sarm_lib.stages import Labels, given_up, targets
 
 MEDIA = ("data", "videos", "images")
@@ -112,10 +112,17 @@ def read_labels(folder: Path, dataset: Dataset, heads: tuple[str, ...]) -> Label
 def export_progress(progress: Path, root: Path, dataset_fingerprint: str) -> Path:
     """Put a progress file where LeRobot looks for it: into the folder of its dataset, as `sarm_progress.parquet`.
 
-    Raises ValueError where it is the progress of another dataset.
+    Raises ValueError where it is the progress of another dataset: by the fingerprint that it names, or, where somebody else
+    computed it and it names none, by its frames.
     """
     made = (read_provenance(progress) or {}).get("fingerprint")
-    if made != dataset_fingerprint:
+    if made is None:
+        keys = ["index", "episode_index"]
+        theirs, ours = pq.read_table(progress, columns=keys).sort_by("index"), open_dataset(root).frames
+        same = all(np.array_equal(theirs[key].to_numpy(), ours[key].to_numpy()) for key in keys)
+        if not same:
+            raise ValueError(f"{progress} is the progress of another dataset: its frames are not those of {root}")
+    elif made != dataset_fingerprint:
         raise ValueError(f"{progress} is the progress of another dataset ({made}, {root} is {dataset_fingerprint})")
     target = root / progress.name
     with staged(target) as partial:

@@ -355,6 +355,21 @@ class StreamedFrames:
         return iter(torch.utils.data.DataLoader(source, batch_sampler=_Once(sampler), **workers))
 
 
+def cached_bytes(settings, dataset: Dataset, splits: tuple[str, ...], device: str) -> int:
+    """What `frames_for` will hold in memory: nothing where frames are streamed."""
+    if not settings.cache_frames:
+        return 0
+    resolution = _resolution(make_config(settings, device))
+    sizes = [resolution or dataset.features[key]["shape"][:2] for key in dataset.camera_keys]
+    count = sum(episode.length for split in splits for episode in dataset.split(split))
+    return count * sum(3 * height * width for height, width in sizes)
+
+
+def _resolution(config: PreTrainedConfig) -> tuple[int, int] | None:
+    """That of the images a policy sees; None where it takes them as they are."""
+    return getattr(config, "image_resolution", None) or getattr(config, "resize_imgs_with_padding", None)
+
+
 def frames_for(settings, dataset: Dataset, splits: tuple[str, ...], device: str) -> CachedFrames | StreamedFrames:
     """Where the policy's batches come from, for the episodes of `splits`. settings: `params.policy`."""
     return frames_of(settings, dataset, [e for split in splits for e in dataset.split(split)], device)
@@ -367,8 +382,8 @@ def frames_of(settings, dataset: Dataset, episodes: Sequence[Episode], device: s
     deltas = None if seen is None else tuple(seen), None if learned is None else tuple(learned)
     if not settings.cache_frames:
         return StreamedFrames(dataset, settings.chunk_size, settings.num_workers, *deltas)
-    resolution = getattr(config, "image_resolution", None) or getattr(config, "resize_imgs_with_padding", None)
-    return cache_frames(dataset, tuple(episodes), dataset.camera_keys, resolution, settings.chunk_size, deltas)
+    held = dataset.camera_keys, _resolution(config), settings.chunk_size, deltas
+    return cache_frames(dataset, tuple(episodes), *held)
 
 
 def video_backend() -> str:
@@ -534,7 +549,8 @@ def train_arm(
 
 
 def estimate(params, dataset: Dataset, frames: CachedFrames | StreamedFrames, device: str) -> Estimate:
-    """Memory and time of training one arm, by steps that are thrown away. Of several processes, each takes this much."""
+    """Memory and time of training one arm, by steps that are thrown away. Of several processes, each takes this much; frames
+    that are held in memory (`cached_bytes`) come on top."""
     settings = params.policy
     policy, preprocessor, _ = make(settings, dataset, device)
     adapted(policy, settings)
@@ -566,7 +582,8 @@ def estimate(params, dataset: Dataset, frames: CachedFrames | StreamedFrames, de
         seconds.append(time.perf_counter() - start)
         start = time.perf_counter()
     bytes_of = lambda parameters: sum(p.numel() * p.element_size() for p in parameters)  # noqa: E731
-    memory = bytes_of(policy.parameters()) + 3 * bytes_of(trainable) + sum(kept.values())
+    copies = 3 + (settings.ema_decay > 0)  # gradients, AdamW's two moments, the average
+    memory = bytes_of(policy.parameters()) + copies * bytes_of(trainable) + sum(kept.values())
     count = sum(p.numel() for p in trainable)
     return Estimate(count, memory, settings.accumulate * min(seconds[1:]), settings.steps)
 
@@ -632,14 +649,20 @@ def provenance(arm: Arm, params, dataset: Dataset, seed: int) -> dict[str, Any]:
 def validation_loss(
     folder: Path, frames: CachedFrames | StreamedFrames, episodes: tuple[Episode, ...], seed: int, device: str
 ) -> float:
-    """Unweighted loss of a trained policy on evenly spaced frames of `episodes`, with fixed noise."""
+    """Unweighted loss of a trained policy on evenly spaced frames of `episodes`, with fixed noise. Of a policy that gives no
+    loss of a single sample, the mean over batches of the loss that it trains with."""
     policy, preprocessor, _ = load(folder, device)
+    single = gives_sample_losses(type(policy))
+    policy.train(getattr(policy.config, "use_vae", False))  # ACT's variational loss is there in training only
     rows = rows_of(episodes)
     rows = rows[np.unique(np.linspace(0, len(rows) - 1, VALIDATION_FRAMES).astype(int))]
     torch.manual_seed(seed)
     parts = [rows[i : i + VALIDATION_BATCH] for i in range(0, len(rows), VALIDATION_BATCH)]
-    losses = [per_sample_loss(policy, preprocessor(batch)) for batch in frames.batches(iter(parts))]
-    return float(torch.cat(losses).mean())
+    total = 0.0
+    for batch in frames.batches(iter(parts)):
+        seen = preprocessor(batch)
+        total += float(per_sample_loss(policy, seen).sum() if single else policy.forward(seen)[0] * len(batch["index"]))
+    return total / len(rows)
 
 
 @torch.no_grad()
@@ -649,6 +672,8 @@ def first_action(folder: Path, frames: CachedFrames | StreamedFrames, episode: E
     batch = next(frames.batches(iter([np.array([episode.row])])))
     torch.manual_seed(0)
     observation = {key: value for key, value in preprocessor(batch).items() if key != ACTION}
+    if frames.observation_deltas is not None:  # the policy keeps the frames before by itself
+        observation |= {key: observation[key][:, -1] for key in policy.config.input_features if key in observation}
     return postprocessor(policy.select_action(observation))[0].cpu().numpy()
 
 

@@ -241,7 +241,7 @@ def take_progress(path: Path, params, dataset: Dataset) -> str:
     source = params.paths.resolve(params.rabc.progress_path)
     if not source.is_file():
         raise FileNotFoundError(f"rabc.progress_path: there is no file {params.rabc.progress_path}")
-    lacking = {"index", "episode_index"} - set(pq.read_schema(source).names)
+    lacking = {"index", "episode_index", "frame_index"} - set(pq.read_schema(source).names)
     if lacking:
         raise ValueError(
             f"rabc.progress_path: {source.name} has no column {' and no '.join(sorted(lacking))}; which frame is which?"

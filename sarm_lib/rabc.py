@@ -91,7 +91,7 @@ def lerobot_deltas(progress: np.ndarray, index: np.ndarray, episode_index: np.nd
     that r goes to 0 towards the end; NaN where the file does not have that frame, or has no number for it."""
     last = np.zeros(episode_index.max() + 1, dtype=index.dtype)
     np.maximum.at(last, episode_index, index)
-    by_index = np.full(int(index[-1] - index[0]) + 1, np.nan, dtype=np.float32)
+    by_index = np.full(int(index[-1] - index[0]) + 1, np.nan, dtype=progress.dtype)  # else no r would be exactly 0
     by_index[index - index[0]] = progress
     found = np.empty(len(index), dtype=np.float32)
     for start in range(0, len(index), BLOCK):  # bounds the memory
@@ -124,7 +124,8 @@ def kappa_of(rule: float | str, delta: np.ndarray, mean: float, std: float, epsi
     """κ as a number, from r (N,) of the training frames, μ and σ.
 
     rule: a number; `mean`, `mean+std` or `mean+2std`; `mean_weight=0.5`, the κ that brings the mean weight nearest to that;
-    `quantile=0.6`, the r that so many frames do not exceed. Raises ValueError for any other.
+    `quantile=0.6`, the r that so many frames do not exceed. No rule gives a κ below 0, which would let pass what loses
+    progress. Raises ValueError for any other rule.
     """
     if not isinstance(rule, str):
         return float(rule)
@@ -138,7 +139,7 @@ def kappa_of(rule: float | str, delta: np.ndarray, mean: float, std: float, epsi
             "quantile=0.6, with a number between 0 and 1"
         )
     if name == "quantile":
-        return float(np.quantile(delta, target))
+        return max(0.0, float(np.quantile(delta, target)))
     # Frames above κ weigh 1, those up to it their soft weight: sorted by r, every κ's mean weight is two cumulative sums.
     ordered = np.sort(delta[delta >= 0]).astype(np.float64)
     soft = np.r_[0.0, np.cumsum(weights(ordered, mean, std, np.inf, epsilon), dtype=np.float64)]
@@ -146,6 +147,11 @@ def kappa_of(rule: float | str, delta: np.ndarray, mean: float, std: float, epsi
     below = np.searchsorted(ordered, kappas, side="right")
     means = (soft[below] + len(ordered) - below) / len(delta)
     return float(kappas[np.abs(means - target).argmin()])
+
+
+def mean_weights(delta: np.ndarray, mean: float, std: float, epsilon: float) -> tuple[float, float]:
+    """The largest and the smallest mean weight that any κ ≥ 0 gives r (N,): at κ = 0, and where no r exceeds κ."""
+    return tuple(float(weights(delta, mean, std, kappa, epsilon).mean()) for kappa in (0.0, np.inf))
 
 
 def _listed(episode_index: np.ndarray, frame_index: np.ndarray, most: int = 5) -> str:
@@ -265,7 +271,8 @@ def provenance(params, dataset_fingerprint: str, checkpoint: str | None = None) 
         "epsilon": params.rabc.epsilon,
         "lerobot_compat": params.rabc.lerobot_compat,
     }
-    return made | ({"checkpoint": checkpoint} if checkpoint else {})
+    named = {"reward_model_path": params.rabc.reward_model_path, "progress_path": params.rabc.progress_path}
+    return made | {key: value for key, value in {**named, "checkpoint": checkpoint}.items() if value}
 
 
 def write_weights(path: Path, computed: RabcWeights, made_from: dict[str, str | int | float]) -> None:
@@ -279,10 +286,15 @@ def write_weights(path: Path, computed: RabcWeights, made_from: dict[str, str | 
 def weights_of_rows(path: Path, params, dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
     """The weight and the r of every row of `dataset`, (N,) float32 each.
 
-    Raises ValueError for the weights of another dataset or of other settings, and where a frame has none.
+    Raises ValueError for the weights of another dataset or of other settings, another reward model's path among them, and
+    where a frame has none.
     """
     made, wanted = read_provenance(path) or {}, provenance(params, fingerprint(dataset.root))
-    differing = [f"{key} is {made.get(key)}, not {value}" for key, value in wanted.items() if made.get(key) != value]
+    differing = [
+        f"{key} is {made.get(key)}, not {wanted.get(key)}"
+        for key in sorted((wanted | made).keys() - {"checkpoint"})
+        if made.get(key) != wanted.get(key)
+    ]
     if differing:
         raise ValueError(
             f"{path.name} was made from something else ({'; '.join(differing)}): run 05_compute_rabc again"

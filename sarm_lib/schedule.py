@@ -35,31 +35,34 @@ class Average:
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """The average in the place of the weights that learn."""
-        live = [p.detach().clone() for p in self.trainable] if self.kept else []
-        self._put(self.kept)
+        """The average in the place of the weights that learn, and these in its place: no third copy is held."""
+        self._swap()
         try:
             yield
         finally:
-            self._put(live)
+            self._swap()
 
     @torch.no_grad()
-    def _put(self, values: list[torch.Tensor]) -> None:
-        for parameter, value in zip(self.trainable, values):
-            parameter.copy_(value)
+    def _swap(self) -> None:
+        for parameter, kept in zip(self.trainable, self.kept):
+            live = parameter.detach().clone()
+            parameter.copy_(kept)
+            kept.copy_(live)
 
     def save_live(self, path: Path) -> None:
         """The weights that learn, beside a checkpoint that holds their average."""
         if self.kept:
             save_file({str(i): p.detach() for i, p in enumerate(self.trainable)}, path)
 
+    @torch.no_grad()
     def resume(self, path: Path, step: int) -> None:
         """Take the weights in place for the average, and those of `path` for the ones that learn."""
         self.updates = step
         if self.kept:
             self.kept = [p.detach().clone() for p in self.trainable]
             live = load_file(path)
-            self._put([live[str(i)] for i in range(len(self.trainable))])
+            for i, parameter in enumerate(self.trainable):
+                parameter.copy_(live[str(i)])
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Estimate:
     """What training will take, measured with a few steps that are thrown away."""
 
     parameters: int
-    memory: float  # bytes: weights, gradients, AdamW's moments, activations
+    memory: float  # bytes: weights, gradients, AdamW's moments, the average of the weights, activations
     seconds_per_step: float
     steps: int
 

@@ -27,14 +27,30 @@ def wilson(successes: int, trials: int, z: float = 1.959964) -> tuple[float, flo
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def paired_difference(ours: np.ndarray, theirs: np.ndarray, seed: int = 0) -> dict[str, float]:
-    """How much more often `ours` succeeds than `theirs`, with a bootstrap 95 % interval.
+def _bonett_price(won: int, lost: int, pairs: int, z: float = 1.959964) -> tuple[float, float]:
+    """95 % interval of the difference of two paired rates (Bonett and Price 2012, adjusted Wald): `won` pairs in which only
+    the first succeeds, `lost` in which only the second does."""
+    first, second = (won + 1) / (pairs + 2), (lost + 1) / (pairs + 2)
+    half = z * math.sqrt((first + second - (first - second) ** 2) / (pairs + 2))
+    return max(-1.0, first - second - half), min(1.0, first - second + half)
 
-    Both (K, N) bool: K training seeds, the same in both, by N starts, the same in both. Training seeds and starts are drawn
-    with replacement, the same for both sides.
+
+def paired_difference(ours: np.ndarray, theirs: np.ndarray, seed: int = 0) -> dict[str, float]:
+    """How much more often `ours` succeeds than `theirs`, with a 95 % interval.
+
+    Both (K, N) bool: K training seeds, the same in both, by N starts, the same in both. The interval is by bootstrap:
+    training seeds and starts are drawn with replacement, the same for both sides. With one training seed it is over starts
+    alone, by Bonett and Price's adjusted Wald: few starts on which both do the same would leave a bootstrap no width at all.
     """
     paired = np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float)
     trained, started = paired.shape
+    if trained == 1:
+        low, high = _bonett_price(int((paired > 0).sum()), int((paired < 0).sum()), started)
+        return {
+            "difference": round(paired.mean(), 6),
+            "difference_low": round(low, 6),
+            "difference_high": round(high, 6),
+        }
     rng = np.random.default_rng(seed)
     seeds = rng.multinomial(trained, np.full(trained, 1 / trained), BOOTSTRAP) / trained
     starts = rng.multinomial(started, np.full(started, 1 / started), BOOTSTRAP) / started

@@ -302,7 +302,8 @@ def estimate(sarm: Sarm, sampler: Sampler, settings, device: str) -> Estimate:
     activations = (
         tokens * spec.num_layers * 4 * (17 * spec.hidden_dim + 2.5 * spec.num_heads * spec.window.padded_length * 4)
     )
-    return Estimate(parameters, 16 * parameters + activations, min(seconds[1:]), settings.steps)
+    held = 16 + 4 * (settings.ema_decay > 0)  # weights, gradients, AdamW's two moments, the average
+    return Estimate(parameters, held * parameters + activations, min(seconds[1:]), settings.steps)
 
 
 class Trained(NamedTuple):

@@ -172,9 +172,7 @@ def test_a_key_that_does_not_belong_is_named(demos, tmp_path):
     with pytest.raises(AnnotationError, match=r"c\.yaml: unknown key 'version'"):
         corrections.read_corrections(path, demos)
     path.write_text(f"dataset: {fingerprint(demos.root)}\ncorrections:\n  - 3\n")
-    with pytest.raises(
-        AnnotationError, match=r"entry 1: expected keys and their values, found 3"
-    ):
+    with pytest.raises(AnnotationError, match=r"entry 1: expected keys and their values, found 3"):
         corrections.read_corrections(path, demos)
 
 

@@ -297,24 +297,31 @@ def test_the_experiment_compares_what_is_comparable_and_says_how_much_it_helped(
     further = {"top_k": {"weights": "b", "code": "2"}}
     for to_run in (origins, further):
         again, from_what = experiment.stored(file, common, to_run)
-        assert from_what == origins | to_run and experiment.report(again, common, from_what) == found
-    with pytest.raises(SystemExit, match="runs with other weights in rabc; move it away"):
+        assert from_what == to_run | origins and experiment.report(again, common, from_what) == found
+    with pytest.raises(SystemExit, match="runs with other weights in rabc: --anew runs these arms again; or move"):
         experiment.stored(file, common, {"rabc": {"weights": "b", "code": "1"}})
     anew = {"rabc": {"weights": "b", "code": "1"}}  # begins again by other weights, and the others stay
     others, from_what = experiment.stored(file, common, anew, ["rabc"])
     assert set(others) == {"bc", "oracle"} and from_what == origins | anew
     again = experiment.report(others | {"rabc": runs["oracle"]}, common, from_what)
     assert again["arms"]["bc"] == found["arms"]["bc"] and again["arms"]["rabc"]["made_from"] == anew["rabc"]
-    with pytest.raises(SystemExit, match="runs with other parameters in bc; move it away"):
+    with pytest.raises(SystemExit, match="runs with other parameters in bc: --anew"):
         experiment.stored(file, common, {"bc": {"weights": None, "parameters": "c", "code": "1"}})
     config, other = (params.load(ROOT / "params.yaml", {"rabc.delta_frames": frames}) for frames in (8, 9))
     differing = [k for k, v in experiment.made_from("bc", config).items() if experiment.made_from("bc", other)[k] != v]
-    assert differing == ["parameters"]
-    with pytest.raises(SystemExit, match="runs with other settings; move it away"):
+    assert differing == ["parameters"] and set(experiment.made_from("bc", config)) > {"code", "commit"}
+    with pytest.raises(SystemExit, match="runs with other settings: --anew"):
         experiment.stored(file, {"settings": {"policy.steps": 8}}, further)
     later = experiment.report({**runs, "top_k": runs["rabc"]}, common, origins | further)
-    assert later["arms"]["top_k"]["over_bc"] == found["arms"]["rabc"]["over_bc"]
-    assert "different versions of the code: `bc`, `rabc`, `oracle`; `top_k`." in experiment.table(later)
+    assert "over_bc" not in later["arms"]["top_k"] and later["arms"]["rabc"] == found["arms"]["rabc"]
+    assert "code, and not compared: `bc`, `rabc`, `oracle`; `top_k`." in experiment.table(later)
+    alike = experiment.report({**runs, "top_k": runs["rabc"]}, common, origins | {"top_k": {"code": "1"}})
+    assert alike["arms"]["top_k"]["over_bc"] == found["arms"]["rabc"]["over_bc"]
+    of_commit = {arm: made | {"commit": "abc"} for arm, made in origins.items()}
+    file.write_text(json.dumps(experiment.report(runs, common, of_commit)))
+    assert experiment.stored(file, common, origins)[1] == of_commit  # another commit with the same code
+    with pytest.raises(SystemExit, match=r"other code in bc: .* or go on at commit abc"):
+        experiment.stored(file, common, {"bc": {"weights": None, "code": "2", "commit": "def"}})
     assert "different" not in experiment.table(found)
     assert found["arms"]["rabc"]["success_rate"] == 5 / 8 and found["arms"]["rabc"]["gap_closed"] == pytest.approx(
         3 / 5

@@ -42,20 +42,28 @@ STALLED = np.concatenate(
     ],
 )
 def test_the_guide_s_table_of_symptoms(mean, std, weight, expected):
-    found = diagnosis.warnings({"delta_mean": mean, "delta_std": std, "mean_weight": weight})
+    found = diagnosis.warnings({"delta_mean": mean, "delta_std": std, "mean_weight": weight, "kappa": 0.1})
     assert (not found) if expected is None else any(expected in text for text in found)
 
 
+def test_a_kappa_below_0_is_a_symptom():
+    found = diagnosis.warnings({"delta_mean": 0.1, "delta_std": 0.1, "mean_weight": 0.5, "kappa": -0.01})
+    assert found == ["κ below 0: frames that lose progress count in full; set rabc.kappa to 0 or more"]
+
+
 def test_the_verdict_is_of_what_can_be_filtered():
-    steady, _ = weights_of(STEADY)
-    messy, _ = weights_of([*STEADY, STALLED, STALLED])
-    falling, _ = weights_of([w[::-1] for w in STEADY])
-    through, _ = weights_of([*STEADY, STALLED], kappa=-1.0)
+    steady, messy = weights_of(STEADY), weights_of([*STEADY, STALLED, STALLED])
+    falling, through = weights_of([w[::-1] for w in STEADY]), weights_of([*STEADY, STALLED], kappa=-1.0)
     everyone = list(range(6))
-    assert not (found := diagnosis.verdict(steady, everyone, FPS)).likely and "consistent" in found.because
-    assert (found := diagnosis.verdict(messy, everyone, FPS)).likely and "stand still or go back" in found.because
-    assert "does not rise" in diagnosis.verdict(falling, everyone, FPS).because
-    assert not diagnosis.verdict(through, [0, 1], FPS).likely
+    assert not (found := diagnosis.verdict(*steady, everyone, FPS)).likely and "consistent" in found.because
+    assert (found := diagnosis.verdict(*messy, everyone, FPS)).likely and "stand still or go back" in found.because
+    assert "does not rise" in diagnosis.verdict(*falling, everyone, FPS).because
+    assert not diagnosis.verdict(*through, [0, 1], FPS).likely
+    walk = np.random.default_rng(0).normal(0.002, 0.02, (6, 100)).cumsum(1)  # noise that drifts: no reward model
+    astray = weights_of(list(0.5 + walk))
+    assert (
+        not (found := diagnosis.verdict(*astray, everyone, FPS)).likely and "look at the reward model" in found.because
+    )
 
 
 def test_delta_is_long_enough_to_see_progress_over_the_jitter():

@@ -70,6 +70,19 @@ def test_an_environment_that_says_or_shows_too_little_is_an_error(trained, monke
         ValueError, match=r"the policy sees observation\.images\.side; the environment shows observation\.images\.top"
     ):
         act(blind)
+    small = Line()
+    monkeypatch.setattr(
+        small, "_observe", lambda: {**(seen := Line._observe(small)), "agent_pos": seen["agent_pos"][:2]}
+    )
+    with pytest.raises(ValueError, match="its states have 2 numbers, and the policy was trained on 3"):
+        act(small)
+    wide = Line()
+    wide.action_space = gymnasium.spaces.Box(-1, 1, (7,))
+    with pytest.raises(ValueError, match="its actions have 7 numbers, and the policy was trained on 2"):
+        act(wide)
+    for name in ("tests.test_evaluate:Line", "CartPole-v1"):
+        with pytest.raises(ValueError, match=r"evaluate\.environment_options: .*'sede'"):
+            evaluate.open_environments(evaluate.environment(name, {"sede": 3}), 1)
     with pytest.raises(ValueError, match="it shows ndarray; LeRobot's environments show"):
         evaluate.open_environments(evaluate.environment("CartPole-v1"), 1)
 
@@ -208,8 +221,12 @@ def test_the_difference_s_interval_is_the_bootstrap_s():
     reference = bootstrap(((ours[0].astype(float) - theirs[0]),), np.mean, method="percentile", rng=rng)
     low, high = reference.confidence_interval
     assert (found["difference_low"], found["difference_high"]) == pytest.approx((low, high), abs=0.01)
-    same = statistics.paired_difference(ours, ours)
-    assert same == {"difference": 0.0, "difference_low": 0.0, "difference_high": 0.0}
+    several = statistics.paired_difference(np.repeat(ours, 3, 0), np.repeat(theirs, 3, 0))  # alike: as one seed
+    assert (several["difference_low"], several["difference_high"]) == pytest.approx((low, high), abs=0.01)
+    few = statistics.paired_difference(ours[:, :4], ours[:, :4])  # four starts that both end alike say little
+    assert few["difference"] == 0 and few["difference_low"] == -few["difference_high"] < -0.4
+    always = statistics.paired_difference(np.ones((1, 3)), np.zeros((1, 3)))
+    assert always["difference"] == 1 and -0.2 < always["difference_low"] < 0.2 and always["difference_high"] == 1
     seeds = np.repeat([[1], [0]], 50, axis=1)  # all depends on the training seed: two of them say little
     wide = statistics.paired_difference(seeds, np.zeros_like(seeds))
     assert (wide["difference_low"], wide["difference_high"]) == pytest.approx((0.0, 1.0))

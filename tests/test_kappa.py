@@ -53,6 +53,15 @@ def test_the_sliders_stay_where_they_were_until_the_parameters_change():
     assert made(kappa=0.03).kappa.value == 0.03
 
 
+def test_the_weights_of_lerobot_where_these_are_asked_for():
+    phi = np.tile(np.linspace(0, 1, 100, dtype="f4"), 4)
+    given = phi, EPISODE, [0], 0.005, 8, 1e-6, 64
+    ours, theirs = KappaExplorer(*given), KappaExplorer(*given, lerobot_compat=True)
+    assert len(ours._phi) == 100 and len(theirs._phi) == 400
+    assert "weight 1 for 100%" in ours.said.value
+    assert "weight 1 for 99%" in theirs.said.value  # r shrinks to 0 in the last frames of an episode
+
+
 def test_a_picture_where_nobody_can_move_them():
     assert made()._repr_mimebundle_()["image/png"].startswith(b"\x89PNG")
     chart = made().still().to_dict()

@@ -360,7 +360,7 @@ ACT = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["act", "multi_task_dit"])
+@pytest.mark.parametrize("kind", ["act", "diffusion", "multi_task_dit"])
 def test_a_policy_whose_loss_cannot_be_weighted_learns_from_drawn_frames(
     kind, in_project, tiny_encoder, tmp_path, monkeypatch
 ):
@@ -374,7 +374,15 @@ def test_a_policy_whose_loss_cannot_be_weighted_learns_from_drawn_frames(
         "image_crop_shape": None,
         "tokenizer_max_length": 12,
     }
-    changes = {"type": kind, "config": ACT if kind == "act" else dit, "weighting": "sampling", "steps": 2}
+    diffusion = {"down_dims": [16, 32], "n_groups": 4, "diffusion_step_embed_dim": 8, "num_train_timesteps": 2}
+    diffusion |= {
+        "pretrained_backbone_weights": None,
+        "use_group_norm": True,
+        "crop_shape": None,
+        "spatial_softmax_num_keypoints": 4,
+    }
+    sizes = {"act": ACT, "diffusion": diffusion, "multi_task_dit": dit}[kind]
+    changes = {"type": kind, "config": sizes, "weighting": "sampling", "steps": 2}
     params = config.model_copy(update={"policy": config.policy.model_copy(update=changes)})
     monkeypatch.setattr(type(config.paths), "write", lambda _, name: tmp_path / name)
     weights = np.linspace(0, 1, dataset.num_frames, dtype=np.float32)
@@ -387,6 +395,10 @@ def test_a_policy_whose_loss_cannot_be_weighted_learns_from_drawn_frames(
         k: v[:, -1] if kind != "act" and k.startswith("observation") else v for k, v in batch.items() if k != "action"
     }
     assert after(loaded.select_action(before(seen))).shape == (1, 2)
+    held_out = policy.frames_for(params.policy, dataset, ("val",), "cpu")  # what notebook 06 asks of it
+    given = tmp_path / kind, held_out
+    assert np.isfinite(policy.validation_loss(*given, dataset.split("val"), 0, "cpu"))
+    assert policy.first_action(*given, dataset.split("val")[0], "cpu").shape == (2,)
 
 
 def test_parts_that_learn_slower_keep_their_share_of_the_rate(in_project):
@@ -513,7 +525,12 @@ def test_an_estimate_counts_what_is_trained(in_project, changes):
     twice = {**changes, "batch_size": 2 * params.policy.batch_size}
     larger = config.model_copy(update={"policy": config.policy.model_copy(update=twice)})
     more = policy.estimate(larger, dataset, frames, "cpu").memory - found.memory
-    assert more == pytest.approx(found.memory - 16 * found.parameters, rel=0.15), "activations grow with the batch"
+    assert params.policy.ema_decay, "the average of the weights is a fifth copy"
+    assert more == pytest.approx(found.memory - 20 * found.parameters, rel=0.15), "activations grow with the batch"
+    last = config.model_copy(update={"policy": config.policy.model_copy(update={**changes, "ema_decay": 0.0})})
+    assert found.memory - policy.estimate(last, dataset, frames, "cpu").memory == 4 * found.parameters
+    held = policy.cached_bytes(params.policy, dataset, ("train",), "cpu")
+    assert held == sum(images.nbytes for images in frames.images.values())
 
 
 def test_lerobot_s_training_takes_our_progress(in_project, tmp_path, monkeypatch, capfd):

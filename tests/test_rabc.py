@@ -32,11 +32,14 @@ def progress_file(path, lengths=(40, 7, 25), seed=0, nan_at=None):
 @pytest.mark.parametrize("kappa", [0.01, 0.1, 0.3])
 @pytest.mark.parametrize("delta_frames", [1, 5, 16])
 @pytest.mark.parametrize("nan_at", [None, 43, [0, 1, 2, 70]])
-def test_lerobot_compat_gives_lerobot_s_weights(tmp_path, kappa, delta_frames, nan_at):
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_lerobot_compat_gives_lerobot_s_weights(tmp_path, kappa, delta_frames, nan_at, dtype):
     from lerobot.rewards.sarm.rabc import RABCWeights
 
     path = tmp_path / "p.parquet"
     table = progress_file(path, nan_at=nan_at)
+    table["progress_sparse"] = (table.progress_sparse.astype(dtype) / 3).astype(dtype)  # float64 that no float32 is
+    table.to_parquet(path, index=False)
     theirs = RABCWeights(path, chunk_size=delta_frames, kappa=kappa, device=torch.device("cpu"))
     ours = rabc.compute(path, "sparse", delta_frames, kappa, 1e-6, [0], lerobot_compat=True)
     assert (ours.delta_mean, ours.delta_std) == pytest.approx((theirs.delta_mean, theirs.delta_std), abs=1e-7)
@@ -85,7 +88,9 @@ def test_rules_set_kappa_as_they_say(delta, target):
     mean, std = max(float(delta.mean()), 0.0), max(float(delta.std()), 1e-6)
     of = lambda rule: rabc.kappa_of(rule, delta, mean, std, 1e-6)  # noqa: E731
     assert (of("mean"), of("mean+std"), of("mean+2std"), of(0.3)) == (mean, mean + std, mean + 2 * std, 0.3)
-    assert of("quantile=0.5") == pytest.approx(float(np.median(delta)))
+    assert of("quantile=0.5") == pytest.approx(max(0.0, float(np.median(delta))))
+    most, least = rabc.mean_weights(delta, mean, std, 1e-6)
+    assert all(least - 1e-6 <= rabc.weights(delta, mean, std, k, 1e-6).mean() <= most + 1e-6 for k in (0.1, 0.5, mean))
     reached = lambda kappa: rabc.weights(delta, mean, std, kappa, 1e-6).astype(np.float64).mean()  # noqa: E731
     every = [reached(kappa) for kappa in [*delta[delta >= 0], 0.0]]
     best = min(abs(value - target) for value in every)
@@ -183,6 +188,9 @@ def test_weights_of_another_dataset_or_of_other_settings_weight_nothing(in_proje
     path = config.paths.read("rabc_weights.parquet", "05")
     other = config.model_copy(update={"rabc": config.rabc.model_copy(update={"kappa": 0.77})})
     with pytest.raises(ValueError, match=r"kappa is .*, not 0\.77"):
+        rabc.weights_of_rows(path, other, dataset)
+    other = config.model_copy(update={"rabc": config.rabc.model_copy(update={"reward_model_path": "another/model"})})
+    with pytest.raises(ValueError, match="reward_model_path is None, not another/model"):
         rabc.weights_of_rows(path, other, dataset)
     table = pq.read_table(path)
     pq.write_table(table.replace_schema_metadata({b"sarm_lib": b'{"fingerprint": "another"}'}), tmp_path / "w.parquet")

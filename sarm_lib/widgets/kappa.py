@@ -18,7 +18,8 @@ class KappaExplorer(ipywidgets.VBox):
     """Sliders of κ and Δ over the histogram of r of some episodes, with the mean weight that they give.
 
     phi (N,) float: progress in the order of episode_index (N,). Arrow keys move a focused slider. A cell that runs again
-    goes on where the sliders were left, unless κ or Δ in `params.yaml` have changed.
+    goes on where the sliders were left, unless κ or Δ in `params.yaml` have changed. With lerobot_compat r, μ and σ are
+    LeRobot's.
     """
 
     # Where the sliders were left, by the κ and Δ that were given.
@@ -33,8 +34,10 @@ class KappaExplorer(ipywidgets.VBox):
         delta_frames: int,
         epsilon: float,
         most_frames: int,
+        lerobot_compat: bool = False,
     ) -> None:
-        mine = np.isin(episode_index, episodes)
+        mine = np.isin(episode_index, episodes) | lerobot_compat  # LeRobot's μ and σ are of all episodes
+        self._compat = lerobot_compat
         self._phi, self._episode, self._epsilon = phi[mine], episode_index[mine], epsilon
         self._given = (kappa, delta_frames)
         kappa, delta_frames = self.PLACES.get(self._given, self._given)
@@ -74,7 +77,11 @@ class KappaExplorer(ipywidgets.VBox):
 
     def _deltas(self, frames: int) -> tuple[np.ndarray, float, float]:
         """r (n,), μ and σ for a Δ."""
-        delta = rabc.deltas(self._phi, self._episode, frames)
+        if self._compat:
+            delta = rabc.lerobot_deltas(self._phi, np.arange(len(self._phi)), self._episode, frames)
+            delta = delta[np.isfinite(delta)]
+        else:
+            delta = rabc.deltas(self._phi, self._episode, frames)
         return delta, max(float(delta.mean()), 0.0), max(float(delta.std()), self._epsilon)
 
     def _fit(self, kappa: float) -> None:
