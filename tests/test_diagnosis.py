@@ -1,12 +1,14 @@
 """What weights say about a dataset: symptoms, a Δ, a verdict, which episodes and frames."""
 
 import math
+import shlex
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from sarm_lib import diagnosis, rabc
+from sarm_lib.dataset import open_dataset
 
 FPS = 20
 
@@ -128,3 +130,16 @@ def test_only_the_worst_tenth_and_only_what_something_is_wrong_with_is_proposed_
     table = pd.DataFrame({"episode": range(40), "why": ["goes back", "steady", "stands still", "ends at 0.50"] * 10})
     assert diagnosis.worth_leaving_out(table) == [0, 2, 3]
     assert diagnosis.worth_leaving_out(table.head(4)) == []
+
+
+@pytest.mark.parametrize("folder", [None, "data/demo/assembly"])
+def test_lerobot_reads_the_command_that_leaves_episodes_out(tiny, folder):
+    import draccus
+    from lerobot.scripts.lerobot_edit_dataset import DeleteEpisodesConfig, EditDatasetConfig
+
+    dataset = open_dataset(tiny)
+    name, *arguments = shlex.split(diagnosis.delete_command(dataset, [7, 3], folder))
+    found = draccus.parse(EditDatasetConfig, args=arguments)
+    assert name == "lerobot-edit-dataset" and isinstance(found.operation, DeleteEpisodesConfig)
+    assert found.operation.episode_indices == [3, 7] and found.repo_id == dataset.lerobot_metadata.repo_id
+    assert (found.root, found.new_root) == ((folder, f"{folder}_filtered") if folder else (None, None))

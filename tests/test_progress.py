@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -9,7 +10,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from sarm_lib import artifacts, checkpoint, encoder, progress
+from sarm_lib import artifacts, checkpoint, encoder, lerobot_io, progress
+from sarm_lib.dataset import fingerprint
 
 
 @pytest.fixture
@@ -225,3 +227,23 @@ def test_putting_blocks_together_holds_few_files_open(parts, tmp_path, monkeypat
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert pq.read_table(tmp_path / "p.parquet").num_rows == dataset.num_frames
+
+
+def test_progress_that_somebody_else_computed_is_known_by_its_frames(in_project, tmp_path):
+    """LeRobot's own file names no dataset."""
+    config, dataset = in_project
+    root, theirs = config.paths.read("dataset", "02"), tmp_path / "sarm_progress.parquet"
+    copy = tmp_path / "dataset"
+    shutil.copytree(root, copy)
+    table = pq.read_table(config.paths.read("sarm_progress.parquet", "05")).replace_schema_metadata(None)
+    pq.write_table(table, theirs)
+    lerobot_io.export_progress(theirs, copy, fingerprint(copy))
+    assert pq.read_table(copy / "sarm_progress.parquet").equals(table)
+    taken = config.model_copy(update={"rabc": config.rabc.model_copy(update={"progress_path": str(theirs)})})
+    assert "took the progress" in progress.take_progress(tmp_path / "taken.parquet", taken, dataset)
+    pq.write_table(table.slice(0, len(table) - 2), theirs)
+    with pytest.raises(ValueError, match="its frames are not those of"):
+        lerobot_io.export_progress(theirs, copy, fingerprint(copy))
+    pq.write_table(table.drop(["frame_index"]), theirs)
+    with pytest.raises(ValueError, match="has no column frame_index; which frame is which"):
+        progress.take_progress(tmp_path / "taken.parquet", taken, dataset)
