@@ -90,7 +90,7 @@ def suggested_delta(
     return SuggestedDelta(
         frames,
         f"a median episode of {length:.0f} frames gains {1 / length:.4f} a frame, and φ jitters by {jitter:.4f}: three times that "
-        f"takes {visible} frames; a fifth of a second is {shortest}, a chunk {chunk_size}",
+        f"takes {visible} frame{'s' * (visible != 1)}; a fifth of a second is {shortest}, a chunk {chunk_size}",
     )
 
 
