@@ -1,4 +1,5 @@
-"""How well two annotations agree: with another annotator, with the same one and another seed, with a person's marks, or, for scoring only, with a truth.
+"""How well two annotations agree: with another annotator, with the same one and another seed, with a person's marks, or, for
+scoring only, with a truth.
 
 Boundaries are compared where one subtask hands over to another: a boundary of the reference is matched to one of the
 other annotation that leads into the same subtask, in order, so that the sum of the distances is least; what has no

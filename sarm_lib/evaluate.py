@@ -83,10 +83,6 @@ def environment(
     )  # it would look at every picture
 
 
-def options_of(make: Callable[[], gymnasium.Env]) -> dict[str, Any]:
-    return make.keywords if isinstance(make, functools.partial) else {}
-
-
 def open_environments(make: Callable[[], gymnasium.Env], number: int) -> list[gymnasium.Env]:
     """So many environments, each of which has shown a picture. Raises Unavailable where they cannot run here, ValueError
     where they show something else than LeRobot's do, or do not take the options that they are given."""
@@ -97,7 +93,7 @@ def open_environments(make: Callable[[], gymnasium.Env], number: int) -> list[gy
             if known := isinstance(first, dict) and {"pixels", "agent_pos"} <= set(first):
                 observe([first])
     except Exception as error:  # simulators raise whatever their renderer raises
-        if isinstance(error, TypeError) and any(repr(name) in str(error) for name in options_of(make)):
+        if isinstance(error, TypeError) and any(repr(name) in str(error) for name in getattr(make, "keywords", ())):
             raise ValueError(f"evaluate.environment_options: {error}") from error
         raise Unavailable(f"the simulator cannot run here ({type(error).__name__}: {error})") from error
     if not known:
@@ -369,6 +365,9 @@ EXPERIMENT = {
 }
 
 
+OF_CHAPTER_05 = ("rabc", "shuffled", "top_k")  # arms that draw by its weights
+
+
 def experiment(path: Path, fingerprint: str, weights: str | None = None) -> pd.DataFrame | None:
     """What `make experiment` found on the dataset with this fingerprint, a row an arm, those of most training seeds first:
     None where it has not run on it. `attrs["settings"]` has the parameters of its policies.
@@ -384,6 +383,7 @@ def experiment(path: Path, fingerprint: str, weights: str | None = None) -> pd.D
     for arm, value in found["arms"].items():
         over = value.get("over_bc", {"difference": 0.0} if arm == "bc" else {})
         made_from = value.get("made_from") or {}
+        older = weights is not None and arm in OF_CHAPTER_05 and made_from.get("weights") != weights
         rows[arm] = {
             "seeds": len(value["runs"]),
             "success rate": value["success_rate"],
@@ -392,8 +392,7 @@ def experiment(path: Path, fingerprint: str, weights: str | None = None) -> pd.D
             "low": over.get("difference_low"),
             "high": over.get("difference_high"),
             "weights": (made_from.get("weights") or "")[:8],
-            "frames": EXPERIMENT.get(arm, "")
-            + (", as they were then" if made_from.get("weights") not in (None, weights) else ""),
+            "frames": EXPERIMENT.get(arm, "") + (", as they were then" if older else ""),
         }
     table = pd.DataFrame(rows).T.sort_values("seeds", ascending=False, kind="stable").rename_axis("arm")
     table = table.astype({"seeds": int} | dict.fromkeys(table.columns[1:6], float)).round(3)

@@ -114,6 +114,16 @@ def test_the_experiment_is_told_of_its_own_dataset_only(tmp_path):
     found = evaluate.experiment(tmp_path / "experiment.json", "abc")
     assert found.loc["rabc"].tolist() == [2, 0.5, 0.2, 0.3, 0.2, 0.4, "", "the weights of chapter 05"]
     assert np.isnan(found.loc["bc", "low"]) and found.loc["bc", "bc, same seeds"] == 0.2
+    single = {"runs": runs, "success_rate": 0.3, "made_from": {"weights": "99"}}  # of other code: no difference
+    arms = {"bc": arms["bc"], "rabc": arms["rabc"] | {"made_from": {"weights": "12"}}, "rabc_single": single}
+    write_json(tmp_path / "experiment.json", {"fingerprint": "abc", "arms": arms})
+    same, other = (evaluate.experiment(tmp_path / "experiment.json", "abc", digest) for digest in ("12", "34"))
+    assert (same.frames["rabc"], other.frames["rabc"]) == (
+        "the weights of chapter 05",
+        "the weights of chapter 05, as they were then",
+    )
+    assert same.frames["rabc_single"] == other.frames["rabc_single"] == "as rabc, by a reward model of one stage"
+    assert same.loc["rabc_single", ["bc, same seeds", "over bc", "low"]].isna().all()
 
 
 def test_a_policy_looks_only_when_it_has_to(in_project, trained, monkeypatch):

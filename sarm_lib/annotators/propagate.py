@@ -6,8 +6,9 @@ transitions are counted in the marks. Both heads are decoded together, as pairs 
 that they never contradict each other.
 
 Each boundary carries a confidence: the probability, by the same model, that it lies within `WITHIN` seconds of where it
-is put (surer of itself than a few marks warrant: notebook 02 says how often it is right); each segment a doubt: how far the network took its frames for something else, before the order of subtasks was
-imposed on it. Check the doubtful ones, mark one or two of them, and run again.
+is put (surer of itself than a few marks warrant: notebook 02 says how often it is right). Each segment carries a doubt: how
+far the network took its frames for something else, before the order of subtasks was imposed on it. Check the doubtful ones,
+mark one or two of them, and run again.
 """
 
 from collections.abc import Iterator, Sequence
