@@ -1,7 +1,7 @@
 """Does RA-BC help, and how much of the way to an oracle does it go? (`make experiment`, resumable)
 
     python -m benchmarks.experiment [--arms bc rabc ...] [--seeds 0 1 2 3 4] [--jobs 2] [--kind test|tune] [--steps N]
-    python -m benchmarks.experiment --policy multi_task_dit --arms bc rabc  # a second kind of policy
+    python -m benchmarks.experiment --policy pi05 --arms bc rabc            # a second policy
     python -m benchmarks.experiment --arms rabc_single top_k                # more arms; runs that are stored stay
     python -m benchmarks.experiment --arms rabc shuffled --anew             # these again, by other weights; other arms stay
     python -m benchmarks.experiment --arms                                  # none: the table of what is stored
@@ -25,8 +25,7 @@ Runs of other code, weights or parameters are never mixed within an arm, and arm
 to what is stored, run at the commit that it names (`git worktree add ../experiment <commit>`).
 
 oracle, success_filter, duration_filter and clean_only know the simulator's truth: they are references, and nothing reads
-what they leave. The second policy is LeRobot's diffusion transformer on CLIP's picture of a frame, with the demo's own small
-encoder in CLIP's place: another architecture, and a loss that is given as a mean only. Starts of
+what they leave. The second policy is LeRobot's π0.5 with towers as small as π0's (`small_pi05`), for the same budget. Starts of
 `--kind tune` choose the budget and are never reported; those of `test` choose nothing.
 """
 
@@ -56,20 +55,8 @@ POLICY = {  # beside params.yaml's: the same for every arm
     "policy.save_every": 500,
     "policy.log_every": 50,
 }
-DIT = {  # LeRobot's configuration of the second policy
-    "objective": "flow_matching",
-    "num_integration_steps": 10,
-    "n_obs_steps": 1,
-    "hidden_dim": 128,
-    "num_layers": 4,
-    "num_heads": 4,
-    "dropout": 0.0,
-    "timestep_embed_dim": 64,
-    "vision_encoder_lr_multiplier": 0.3,
-    "image_crop_shape": None,
-    "tokenizer_max_length": 12,
-    "do_mask_loss_for_padding": True,
-}
+TOWERS = {"depth": 3, "vision_depth": 1, "expert_width": 64}  # as `policy.config` of params.yaml has them
+PI05 = {"policy.type": "pi05", "policy.config": {"image_resolution": [128, 128], "tokenizer_max_length": 48}}
 ENVIRONMENTS = 20  # that act together
 SINGLE_STAGE = "scratch/scorecard/single_stage"  # the reward model of one stage, that `make scorecard` trains
 
@@ -124,16 +111,6 @@ def single_stage_weights(config, demos, work: Path):
     return rabc.from_params(path, config, demos, embeddings.fingerprint).weight
 
 
-def dit_settings(work: Path) -> dict:
-    """The second policy's parameters, with the demo's encoder in `work` under a name that it takes: one with "clip" in it."""
-    clip = work / "clip"
-    if not clip.exists():
-        work.mkdir(parents=True, exist_ok=True)
-        clip.symlink_to(Path("data/demo/encoder").resolve())
-    config = {**DIT, "vision_encoder_name": str(clip), "text_encoder_name": str(clip)}
-    return {"policy.type": "multi_task_dit", "policy.config": config, "policy.learning_rate": 5e-4}
-
-
 def end_with_parent() -> None:
     """A worker whose parent was killed would train on for hours, unseen."""
     parent = multiprocessing.parent_process()
@@ -143,9 +120,12 @@ def end_with_parent() -> None:
 @functools.cache
 def materials(overrides: str, device: str):
     """What every run of a process shares: parameters, dataset, frames at the policy's resolution."""
+    from benchmarks import small_pi05
     from sarm_lib import dataset, params, policy
 
     config = params.load("params.yaml", json.loads(overrides))
+    if config.policy.type == "pi05":
+        small_pi05.shrink(TOWERS)
     demos = dataset.from_params(config)
     return config, demos, policy.frames_for(config.policy, demos, ("train",), device)
 
@@ -371,7 +351,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arms", nargs="*", choices=ARMS, default=list(ARMS[:5]))
     parser.add_argument("--seeds", nargs="*", type=int, default=list(range(5)))
-    parser.add_argument("--policy", choices=("small_pi0", "multi_task_dit"), default="small_pi0")
+    parser.add_argument("--policy", choices=("small_pi0", "pi05"), default="small_pi0")
     parser.add_argument("--kind", choices=STARTS, default="test")
     parser.add_argument("--steps", type=int, default=POLICY["policy.steps"])
     parser.add_argument("--set", nargs="*", default=[], help="other parameters, as policy.batch_size=64")
@@ -397,7 +377,7 @@ def main() -> None:
     given = {key: json.loads(value) for key, value in (item.split("=", 1) for item in arguments.set)}
     if arguments.policy != "small_pi0":
         results, work = results.with_stem(f"{results.stem}_{arguments.policy}"), work / arguments.policy
-        given = {**dit_settings(work), **given}
+        given = {**PI05, **given}
     settings = {**POLICY, "policy.steps": arguments.steps, **given, "base.outputs": "outputs"}
     overrides = json.dumps(settings, sort_keys=True)
     jobs = [(arm, seed) for seed in arguments.seeds for arm in arguments.arms]

@@ -3,8 +3,6 @@
 from pathlib import Path
 
 import torch
-from lerobot.policies.pi05 import modeling_pi05
-from lerobot.processor import tokenizer_processor
 from transformers import (
     PreTrainedTokenizerFast,
     SmolVLMConfig,
@@ -14,7 +12,8 @@ from transformers import (
     SmolVLMVideoProcessor,
 )
 
-from sarm_lib.small_pi0 import SmallPaliGemmaWithExpert, SmallPI0Config, train_tokenizer
+from benchmarks import small_pi05
+from sarm_lib.small_pi0 import train_tokenizer
 from tests.conftest import TINY
 
 TEXTS = ["cross the picture", "State: 0 1 2 3 4 5 6 7 8 9, Task:;\nAction: "]
@@ -48,25 +47,9 @@ def make_smolvlm(folder: Path) -> Path:
 
 def shrink_pi05(monkeypatch) -> None:
     """π0.5 with towers as small as the tests' π0, and a tokenizer of its own: its sizes cannot be configured."""
-
-    def build(*_, **__):
-        pair = SmallPaliGemmaWithExpert(SmallPI0Config(**TINY["policy.config"], tokenizer_max_length=64))
-        width = pair.gemma_expert.config.hidden_size
-        pair.gemma_expert = type(pair.gemma_expert)(conditioned(pair.gemma_expert.config, width))
-        pair.gemma_expert.model.embed_tokens = None
-        return pair
-
-    sizes = type("Sizes", (), {"width": TINY["policy.config"]["expert_width"]})
-    monkeypatch.setattr(modeling_pi05, "PaliGemmaWithExpertModel", build)
-    monkeypatch.setattr(modeling_pi05, "get_gemma_config", lambda _: sizes)
-    loader = type("Tokenizers", (), {"from_pretrained": staticmethod(lambda *_, **__: make_tokenizer())})
-    monkeypatch.setattr(tokenizer_processor, "AutoTokenizer", loader)
-
-
-def conditioned(config, width: int):
-    """The expert's configuration with π0.5's adaptive normalisation by the time of the flow."""
-    config.use_adarms, config.adarms_cond_dim = True, width
-    return config
+    sizes = {**TINY["policy.config"], "tokenizer_max_length": 64}
+    for module, name, value in small_pi05.replacements(sizes, TEXTS):
+        monkeypatch.setattr(module, name, value)
 
 
 def make_tokenizer(**special: str) -> PreTrainedTokenizerFast:
