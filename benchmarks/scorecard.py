@@ -1,6 +1,6 @@
 """The ablation rows of the scorecard: what each part of SARM is worth on the test episodes (`make scorecard`).
 
-    window_past, window_centred   both windows; the one that `params.yaml` sets is the row `sarm` again
+    window_past (window_centred)  the window that `params.yaml` does not set
     state_only, images_only       one kind of input left out, zeros in its place
     single_stage                  no annotations: the clock of each episode is its target
     all_cameras                   every camera that is encoded, instead of one
