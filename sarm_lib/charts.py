@@ -234,6 +234,8 @@ WEIGHT_KINDS = ("weight 0", "soft weight", "weight 1")
 
 def delta_bins(delta: np.ndarray, weight: np.ndarray) -> pd.DataFrame:
     """Frames counted by progress delta r and the kind of weight they get: `low`, `high`, `frames`, `kind`."""
+    known = np.isfinite(delta)  # LeRobot's file may say nothing of a frame
+    delta, weight = delta[known], weight[known]
     edges = np.linspace(*np.percentile(delta, [0.2, 99.8]), 61)
     rows = []
     for kind, mine in zip(WEIGHT_KINDS, (weight == 0, (weight > 0) & (weight < 1), weight == 1), strict=True):

@@ -49,13 +49,14 @@ class RabcWeights:
     def statistics(self, episodes: list[int]) -> dict[str, float | int]:
         """The guide's diagnostics over the frames of `episodes`."""
         mine = np.isin(self.episode_index, episodes)
-        weight = self.weight[mine]
+        weight, delta = self.weight[mine], self.delta[mine]
+        delta = delta[np.isfinite(delta)]  # LeRobot's file may say nothing of a frame
         return {
             "delta_frames": self.delta_frames,
             "kappa": round(self.kappa, 6),
             "epsilon": self.epsilon,
-            "delta_mean": round(float(self.delta[mine].mean()), 6),
-            "delta_std": round(float(self.delta[mine].std()), 6),
+            "delta_mean": round(float(delta.mean()), 6),
+            "delta_std": round(float(delta.std()), 6),
             "mean_weight": round(float(weight.mean()), 6),
             "num_frames": int(mine.sum()),
             "num_zero": int((weight == 0).sum()),

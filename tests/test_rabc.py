@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sarm_lib import rabc
+from sarm_lib import charts, rabc
 
 
 def progress_file(path, lengths=(40, 7, 25), seed=0, nan_at=None):
@@ -43,6 +43,8 @@ def test_lerobot_compat_gives_lerobot_s_weights(tmp_path, kappa, delta_frames, n
     theirs = RABCWeights(path, chunk_size=delta_frames, kappa=kappa, device=torch.device("cpu"))
     ours = rabc.compute(path, "sparse", delta_frames, kappa, 1e-6, [0], lerobot_compat=True)
     assert (ours.delta_mean, ours.delta_std) == pytest.approx((theirs.delta_mean, theirs.delta_std), abs=1e-7)
+    assert np.isfinite(list(ours.statistics([0, 1, 2]).values())).all()
+    assert charts.delta_bins(ours.delta, ours.weight).frames.sum() >= 0.9 * np.isfinite(ours.delta).sum()
     raw = theirs._compute_weights(np.array([theirs._compute_delta(i) for i in table["index"]], dtype=np.float32))
     np.testing.assert_allclose(ours.weight, raw, atol=1e-6)
 
