@@ -359,12 +359,8 @@ def _yaml(path: Path) -> Any:
         return YAML(typ="safe", pure=True).load(io.StringIO(path.read_text()))
     except RecursionError:
         raise AnnotationError(f"{path.name} is not YAML of ours: it is nested too deeply") from None
-    except (
-        YAMLError,
-        ValueError,
-        ArithmeticError,
-        TypeError,
-    ) as error:  # ruamel makes dates and numbers of what it reads
+    # ruamel makes dates and numbers of what it reads, or fails to.
+    except (YAMLError, ValueError, ArithmeticError, TypeError) as error:
         raise AnnotationError(f"{path.name} is not YAML that can be read: {error}") from None
 
 
