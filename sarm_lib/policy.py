@@ -15,6 +15,7 @@ import dataclasses
 import io
 import logging
 import time
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -548,6 +549,13 @@ def train_arm(
     return curve
 
 
+@dataclass(eq=False)
+class _Saved:
+    """A tensor that the backward pass needs."""
+
+    tensor: torch.Tensor
+
+
 def estimate(params, dataset: Dataset, frames: CachedFrames | StreamedFrames, device: str) -> Estimate:
     """Memory and time of training one arm, by steps that are thrown away. Of several processes, each takes this much; frames
     that are held in memory (`cached_bytes`) come on top."""
@@ -560,20 +568,21 @@ def estimate(params, dataset: Dataset, frames: CachedFrames | StreamedFrames, de
     draws = Draws(rows_of(dataset.split("train")), None, False, 0)
     batches = frames.batches(draws.at(i, settings.batch_size) for i in range(TRIAL_STEPS))
     held = {p.untyped_storage().data_ptr() for p in policy.parameters()}
-    kept: dict[int, int] = {}  # address of what the backward pass needs -> bytes
+    saved: weakref.WeakSet[_Saved] = weakref.WeakSet()  # what is forgotten before the pass ends drops out: its memory is used anew
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in held:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    def save(tensor: torch.Tensor) -> _Saved:
+        saved.add(kept := _Saved(tensor))
+        return kept
 
     accelerator, seconds, start = make_accelerator(settings, device), [], time.perf_counter()
     for step, batch in enumerate(batches):
         noise = _noise(policy, settings, 0, step, 0, 1, accelerator.device)
-        watched = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+        watched = torch.autograd.graph.saved_tensors_hooks(save, lambda kept: kept.tensor)
         with accelerator.autocast(), watched if step == 0 else contextlib.nullcontext():
             value = loss(preprocessor(batch), None, None, 1, *noise)
+        if step == 0:
+            storages = {s.data_ptr(): s.nbytes() for s in (kept.tensor.untyped_storage() for kept in saved)}
+            activations = sum(size for address, size in storages.items() if address not in held)
         value.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -583,7 +592,7 @@ def estimate(params, dataset: Dataset, frames: CachedFrames | StreamedFrames, de
         start = time.perf_counter()
     bytes_of = lambda parameters: sum(p.numel() * p.element_size() for p in parameters)  # noqa: E731
     copies = 3 + (settings.ema_decay > 0)  # gradients, AdamW's two moments, the average
-    memory = bytes_of(policy.parameters()) + copies * bytes_of(trainable) + sum(kept.values())
+    memory = bytes_of(policy.parameters()) + copies * bytes_of(trainable) + activations
     count = sum(p.numel() for p in trainable)
     return Estimate(count, memory, settings.accumulate * min(seconds[1:]), settings.steps)
 
