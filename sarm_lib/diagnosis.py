@@ -81,7 +81,7 @@ def suggested_delta(
     A short Δ sees where a mistake begins and ends; the paper's 25 frames of 90 s tell little apart but noise.
     """
     mine = np.isin(weights.episode_index, train)
-    length = float(np.median(np.bincount(weights.episode_index[mine])[train]))
+    length = float(np.median([len(rows) for rows in _episodes(weights, train)]))
     steps = np.diff(phi, n=2)[(weights.episode_index[2:] == weights.episode_index[:-2]) & mine[2:]]
     steps = steps[np.isfinite(steps)]  # a file of LeRobot's may have gaps
     jitter = float(np.median(np.abs(steps)) / 0.6745 / math.sqrt(6)) if len(steps) else 0.0

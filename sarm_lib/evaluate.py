@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import gymnasium
@@ -65,22 +66,33 @@ def environment(
     name: str, options: dict[str, Any] | None = None, root: Path | None = None
 ) -> Callable[[], gymnasium.Env]:
     """What makes an environment: `package.module:Name`, or an id that Gymnasium knows (`gym_pusht/PushT-v0`, whose package
-    is imported). root: a folder whose packages count too. Raises ValueError where there is no such thing."""
+    is imported). root: a folder whose packages count too. Raises ValueError where there is no such thing, and Unavailable where
+    there is one that cannot be imported here, such as a simulator without OpenGL."""
     options = options or {}
     if root and str(root) not in sys.path:
         sys.path.append(str(root))
     try:
         if ":" in name:
             module, attribute = name.split(":", 1)
-            return functools.partial(getattr(importlib.import_module(module), attribute), **options)
+            return functools.partial(getattr(_imported(module), attribute), **options)
         if "/" in name:
-            importlib.import_module(name.split("/", 1)[0])
+            _imported(name.split("/", 1)[0])
         gymnasium.spec(name)
-    except (ImportError, AttributeError, gymnasium.error.Error) as error:
+    except (ModuleNotFoundError, AttributeError, gymnasium.error.Error) as error:
         raise ValueError(f"evaluate.environment: {name!r} cannot be found ({error})") from error
     return functools.partial(
         gymnasium.make, name, disable_env_checker=True, **options
     )  # it would look at every picture
+
+
+def _imported(module: str) -> ModuleType:
+    """A module. Raises ModuleNotFoundError where it does not exist, and Unavailable where it fails."""
+    try:
+        return importlib.import_module(module)
+    except Exception as error:  # renderers raise whatever they like when they are imported
+        if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
+            raise
+        raise Unavailable(f"{module} cannot be imported here ({type(error).__name__}: {error})") from error
 
 
 def open_environments(make: Callable[[], gymnasium.Env], number: int) -> list[gymnasium.Env]:
@@ -112,8 +124,8 @@ def try_environments(params) -> tuple[list[gymnasium.Env], str | None]:
     settings = params.evaluate
     if settings.environment is None:
         return [], "evaluate.environment names no simulator: actions are compared instead"
-    make = environment(settings.environment, settings.environment_options, params.paths.root)
     try:
+        make = environment(settings.environment, settings.environment_options, params.paths.root)
         return open_environments(make, min(settings.num_environments, settings.rollouts)), None
     except Unavailable as error:
         return [], f"{error}\nActions are compared instead."

@@ -33,7 +33,7 @@ Rate = Annotated[float, Field(gt=0)]
 
 
 def _kappa(value: Any) -> float | str:
-    if isinstance(value, float | int) and not isinstance(value, bool):
+    if isinstance(value, float | int) and not isinstance(value, bool) and math.isfinite(value):
         return float(value)
     if isinstance(value, str) and re.fullmatch(r"mean(\+2?std)?|(mean_weight|quantile)=(0?\.\d+|[01])", value):
         return value
@@ -48,7 +48,7 @@ class ParamsError(ValueError):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod

@@ -568,7 +568,9 @@ def estimate(params, dataset: Dataset, frames: CachedFrames | StreamedFrames, de
     draws = Draws(rows_of(dataset.split("train")), None, False, 0)
     batches = frames.batches(draws.at(i, settings.batch_size) for i in range(TRIAL_STEPS))
     held = {p.untyped_storage().data_ptr() for p in policy.parameters()}
-    saved: weakref.WeakSet[_Saved] = weakref.WeakSet()  # what is forgotten before the pass ends drops out: its memory is used anew
+    saved: weakref.WeakSet[_Saved] = (
+        weakref.WeakSet()
+    )  # what is forgotten before the pass ends drops out: its memory is used anew
 
     def save(tensor: torch.Tensor) -> _Saved:
         saved.add(kept := _Saved(tensor))
@@ -618,7 +620,9 @@ def batch_statistics(arm: Arm, rows: np.ndarray) -> dict[str, float]:
     }
     if arm.deltas is not None:
         delta = arm.deltas[rows]
-        found |= {"rabc_delta_mean": float(delta.mean()), "rabc_delta_std": float(delta.std())}
+        delta = delta[np.isfinite(delta)]  # LeRobot's file may say nothing of a frame
+        if len(delta):
+            found |= {"rabc_delta_mean": float(delta.mean()), "rabc_delta_std": float(delta.std())}
     return found
 
 

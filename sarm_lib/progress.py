@@ -6,7 +6,6 @@ schema metadata, what made it: LeRobot's `reward_model_path`, the checkpoint's d
 
 import json
 import logging
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -31,6 +30,7 @@ from sarm_lib.windows import FrameStore, pad_state
 log = logging.getLogger("sarm")
 
 BLOCK = 4096  # frames
+KEYS = {"index", "episode_index", "frame_index"}  # columns that say which frame a row is of
 
 
 @dataclass(frozen=True)
@@ -234,28 +234,39 @@ def ensure_progress(
 
 
 def take_progress(path: Path, params, dataset: Dataset) -> str:
-    """Make `path` the progress file that `rabc.progress_path` names: ours or LeRobot's, of the same frames. Says what it is.
+    """Make `path` the progress of this dataset's frames, in their order, by the file that `rabc.progress_path` names: ours or
+    LeRobot's, a file here or `hf://datasets/...` as LeRobot takes it. Says what it is.
 
-    Raises ValueError where it is of other frames.
+    Raises ValueError where it is of other frames, and FileNotFoundError.
     """
-    source = params.paths.resolve(params.rabc.progress_path)
+    named = params.rabc.progress_path
+    if named.startswith("hf://"):
+        from lerobot.rewards.sarm.rabc import resolve_hf_path  # which loads LeRobot
+
+        source = Path(resolve_hf_path(named))
+    else:
+        source = params.paths.resolve(named)
     if not source.is_file():
-        raise FileNotFoundError(f"rabc.progress_path: there is no file {params.rabc.progress_path}")
-    lacking = {"index", "episode_index", "frame_index"} - set(pq.read_schema(source).names)
+        raise FileNotFoundError(f"rabc.progress_path: there is no file {named}")
+    lacking = KEYS - set(pq.read_schema(source).names)
     if lacking:
         raise ValueError(
             f"rabc.progress_path: {source.name} has no column {' and no '.join(sorted(lacking))}; which frame is which?"
         )
-    theirs, ours = pq.read_table(source, columns=["index", "episode_index"]).sort_by("index"), dataset.frames
-    for name in theirs.column_names:
-        if not np.array_equal(theirs[name].to_numpy(), ours[name].to_numpy()):
-            raise ValueError(
-                f"rabc.progress_path: {source.name} has {len(theirs):,} frames of other episodes than {dataset.root.name} "
-                f"({len(ours):,} frames): it is the progress of another dataset"
-            )
+    theirs, ours = pq.read_table(source), dataset.frames
+    index, asked = theirs["index"].to_numpy(), ours["index"].to_numpy()
+    order = np.argsort(index, kind="stable")
+    row = np.searchsorted(index, asked, "right", sorter=order) - 1  # of a frame that is there twice the last one
+    whole = len(np.unique(index)) == len(asked) or params.base.episodes is not None
+    taken = theirs.take(order[row]) if whole and (row >= 0).all() else theirs.slice(0, 0)
+    if any(not np.array_equal(taken[name].to_numpy(), ours[name].to_numpy()) for name in sorted(KEYS)):
+        raise ValueError(
+            f"rabc.progress_path: {source.name} has {len(theirs):,} frames of other episodes than {dataset.root.name} "
+            f"({len(ours):,} frames): it is the progress of another dataset"
+        )
     with staged(path) as partial:
-        shutil.copyfile(source, partial)
-    return f"took the progress of {len(ours):,} frames from {params.rabc.progress_path}"
+        pq.write_table(taken, partial)
+    return f"took the progress of {len(ours):,} frames from {named}"
 
 
 def write_progress(path: Path, dataset: Dataset, progress_of: dict[str, np.ndarray], provenance: dict) -> None:

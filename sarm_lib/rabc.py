@@ -35,7 +35,7 @@ class RabcWeights:
     frame_index: np.ndarray  # (N,)
     delta: np.ndarray  # (N,) float32, r of Eq 6
     weight: np.ndarray  # (N,) float32 in [0, 1]
-    delta_mean: float  # μ over the training episodes, not below 0
+    delta_mean: float  # μ over the training episodes that last longer than Δ, not below 0
     delta_std: float  # σ, not below ε
     delta_frames: int
     kappa: float
@@ -105,6 +105,15 @@ def lerobot_deltas(progress: np.ndarray, index: np.ndarray, episode_index: np.nd
 def _starts(episode_index: np.ndarray) -> np.ndarray:
     """The first row of each episode."""
     return np.flatnonzero(np.r_[True, episode_index[1:] != episode_index[:-1]])
+
+
+def telling(episode_index: np.ndarray, chosen: np.ndarray, delta_frames: int) -> np.ndarray:
+    """Which frames μ, σ and κ look at, (N,) bool: those of the `chosen` episodes (N,) bool that last longer than Δ, as the r of a
+    shorter one is extrapolated and would be the largest of all; of all chosen ones where none does."""
+    starts = _starts(episode_index)
+    lengths = np.diff(np.r_[starts, len(episode_index)])
+    long = chosen & np.repeat(lengths > delta_frames, lengths)
+    return long if long.any() else chosen
 
 
 def weights(delta: np.ndarray, mean: float, std: float, kappa: float, epsilon: float) -> np.ndarray:
@@ -184,7 +193,7 @@ def compute(
     """Weights from a progress file; μ, σ and a rule for κ (`kappa_of`) look at `train_episodes` alone.
 
     lerobot_compat: what LeRobot's `RABCWeights` gives of the same file. Raises ValueError for a file of another dataset,
-    without this head, or with a value that is not finite.
+    without this head, with a value that is not finite, or whose episodes have frames twice or not at all.
     """
     made = read_provenance(path)
     if dataset_fingerprint and made and made.get("fingerprint") != dataset_fingerprint:
@@ -199,6 +208,16 @@ def compute(
             f"{path.name} has no {column}; it has {', '.join(n for n in names if n.startswith('progress'))}"
         )
     index, episode_index, frame_index, progress = _in_order(path, ["index", "episode_index", "frame_index", column])
+    follows = (index[1:] == index[:-1] + 1) | (episode_index[1:] != episode_index[:-1])
+    wrong = np.flatnonzero(~follows)
+    if len(wrong) and not lerobot_compat:
+        raise ValueError(
+            f"{path.name}: frames of an episode are there twice or not at all, after {_listed(episode_index[wrong], frame_index[wrong])}: "
+            "Δ would not be so many frames; score the dataset again (notebook 05)"
+        )
+    if len(wrong):  # of a frame that is there twice LeRobot takes what comes last
+        last = np.r_[index[1:] != index[:-1], True]
+        index, episode_index, frame_index, progress = (c[last] for c in (index, episode_index, frame_index, progress))
     bad = np.flatnonzero(~np.isfinite(progress))
     if len(bad) and not lerobot_compat:
         raise ValueError(
@@ -213,9 +232,10 @@ def compute(
     else:
         delta = deltas(progress, episode_index, delta_frames)
         starts = _starts(episode_index)
-        counted = np.repeat(np.isin(episode_index[starts], train_episodes), np.diff(np.r_[starts, len(index)]))
-        if not counted.any():
+        training = np.repeat(np.isin(episode_index[starts], train_episodes), np.diff(np.r_[starts, len(index)]))
+        if not training.any():
             raise ValueError(f"{path.name} has no frame of a training episode")
+        counted = telling(episode_index, training, delta_frames)
     seen = delta[counted]
     mean = max(float(seen.mean(dtype=np.float64)), 0.0) if len(seen) else 0.0
     std = max(float(seen.std(dtype=np.float64)), epsilon) if len(seen) else epsilon

@@ -191,7 +191,8 @@ def make_project(folder: Path, dataset: Path, encoder: Path, overrides: dict | N
     (folder / "params.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
     shutil.copytree(dataset, folder / "data/tiny")
     shutil.copytree(encoder, folder / "data/encoder")
-    shutil.copytree(ROOT / "notebooks", folder / "notebooks", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    unsaid = shutil.ignore_patterns(".ipynb_checkpoints", "kernel-ipc-*")  # the sockets of a pipeline that is running
+    shutil.copytree(ROOT / "notebooks", folder / "notebooks", ignore=unsaid)
     write_marks(folder)
     return folder
 

@@ -148,6 +148,19 @@ def test_environments_are_found_by_path_and_by_id():
             evaluate.environment(name)
 
 
+def test_a_module_that_fails_when_it_is_imported_is_not_called_missing(in_project, tmp_path, monkeypatch):
+    """A renderer without OpenGL, a package that is not installed: actions are compared then."""
+    config, _ = in_project
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    for name, body in (("no_gl", "None.glGetError"), ("no_physics", "import pymunk_that_is_not_here")):
+        (tmp_path / f"{name}.py").write_text(body)
+        with pytest.raises(evaluate.Unavailable, match=f"{name} cannot be imported here"):
+            evaluate.environment(f"{name}:Env")
+        settings = config.evaluate.model_copy(update={"environment": f"{name}:Env"})
+        found, why = evaluate.try_environments(config.model_copy(update={"evaluate": settings}))
+        assert not found and "cannot be imported here" in why and "Actions are compared" in why
+
+
 def test_a_module_of_the_project_is_found(tmp_path, monkeypatch):
     (tmp_path / "my_robot.py").write_text("from tests.test_evaluate import Line as Robot")
     monkeypatch.setattr(sys, "path", list(sys.path))

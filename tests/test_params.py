@@ -1,5 +1,7 @@
 """`params.yaml`: one typed object, errors that name the key."""
 
+import math
+
 import pytest
 
 from sarm_lib import params
@@ -21,6 +23,8 @@ def test_the_repository_s_own_values_load_and_are_found_from_the_notebooks_folde
     [
         ("rabc.kapa", 0.1, "rabc.kapa: unknown key. Did you mean kappa?"),
         ("rabc.kappa", "high", "rabc.kappa: should be a number, mean, mean+std"),
+        ("rabc.kappa", math.nan, "rabc.kappa: should be a number, mean, mean+std"),
+        ("sarm.learning_rate", math.inf, "sarm.learning_rate: "),
         ("sarm.steps", 1.5, "sarm.steps: input should be a valid integer, found 1.5"),
         ("sarm.steps", True, "sarm.steps: input should be a valid integer, found True"),
         (

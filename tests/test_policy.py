@@ -607,3 +607,11 @@ def test_pi05_takes_weights_and_several_noises(in_project, tmp_path, monkeypatch
     ours, theirs, whole = learns_and_acts(config, dataset, tmp_path / "p", changes)
     torch.testing.assert_close(ours[whole], theirs[whole])
     assert whole.any() and not whole.all() and not torch.allclose(ours[~whole], theirs[~whole])
+
+
+def test_what_a_step_weighs_knows_of_frames_without_progress():
+    """With `lerobot_compat` such a frame has no r; a log with NaN in it is no JSON."""
+    arm = policy.Arm("rabc", np.array([1, 0, 0.5], np.float32), np.array([np.nan, -0.1, 0.3], np.float32))
+    found = policy.batch_statistics(arm, np.array([0, 1, 2]))
+    assert found["rabc_delta_mean"] == pytest.approx(0.1) and found["rabc_delta_std"] == pytest.approx(0.2)
+    assert "rabc_delta_mean" not in policy.batch_statistics(arm, np.array([0]))

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from sarm_lib import artifacts, checkpoint, encoder, lerobot_io, progress
-from sarm_lib.dataset import fingerprint
+from sarm_lib.dataset import fingerprint, from_params
 
 
 @pytest.fixture
@@ -229,7 +229,7 @@ def test_putting_blocks_together_holds_few_files_open(parts, tmp_path, monkeypat
     assert pq.read_table(tmp_path / "p.parquet").num_rows == dataset.num_frames
 
 
-def test_progress_that_somebody_else_computed_is_known_by_its_frames(in_project, tmp_path):
+def test_progress_that_somebody_else_computed_is_known_by_its_frames(in_project, tmp_path, monkeypatch):
     """LeRobot's own file names no dataset."""
     config, dataset = in_project
     root, theirs = config.paths.read("dataset", "02"), tmp_path / "sarm_progress.parquet"
@@ -241,6 +241,40 @@ def test_progress_that_somebody_else_computed_is_known_by_its_frames(in_project,
     assert pq.read_table(copy / "sarm_progress.parquet").equals(table)
     taken = config.model_copy(update={"rabc": config.rabc.model_copy(update={"progress_path": str(theirs)})})
     assert "took the progress" in progress.take_progress(tmp_path / "taken.parquet", taken, dataset)
+    pq.write_table(table.take(np.random.default_rng(0).permutation(len(table))), theirs)
+    progress.take_progress(tmp_path / "taken.parquet", taken, dataset)
+    assert pq.read_table(tmp_path / "taken.parquet").equals(table), "in the order of the dataset, whatever the file's"
+    monkeypatch.setattr("lerobot.rewards.sarm.rabc.hf_hub_download", lambda repo_id, filename, repo_type: str(theirs))
+    named = taken.rabc.model_copy(update={"progress_path": "hf://datasets/user/name/sarm_progress.parquet"})
+    hub = taken.model_copy(update={"rabc": named})
+    assert "from hf://" in progress.take_progress(tmp_path / "taken.parquet", hub, dataset)
+
+
+def test_a_part_of_a_dataset_takes_its_part_of_the_progress(in_project, tmp_path):
+    """`base.episodes`, as `make smoke` sets it, beside a file of all episodes."""
+    config, dataset = in_project
+    table = pq.read_table(config.paths.read("sarm_progress.parquet", "05"))
+    pq.write_table(table, tmp_path / "all.parquet")
+    found = {"rabc": config.rabc.model_copy(update={"progress_path": str(tmp_path / "all.parquet")})}
+    few = config.model_copy(update=found | {"base": config.base.model_copy(update={"episodes": 3})})
+    part = from_params(few)
+    assert len(part.episodes) == 3 < len(dataset.episodes)
+    progress.take_progress(tmp_path / "taken.parquet", few, part)
+    assert pq.read_table(tmp_path / "taken.parquet")["index"].to_pylist() == part.frames["index"].tolist()
+    with pytest.raises(ValueError, match="of other episodes than"):
+        progress.take_progress(tmp_path / "taken.parquet", config.model_copy(update=found), part)
+
+
+def test_progress_of_other_frames_is_refused(in_project, tmp_path):
+    config, dataset = in_project
+    root, theirs = config.paths.read("dataset", "02"), tmp_path / "sarm_progress.parquet"
+    copy = tmp_path / "dataset"
+    shutil.copytree(root, copy)
+    table = pq.read_table(config.paths.read("sarm_progress.parquet", "05")).replace_schema_metadata(None)
+    taken = config.model_copy(update={"rabc": config.rabc.model_copy(update={"progress_path": str(theirs)})})
+    pq.write_table(table.slice(0, 0), theirs)
+    with pytest.raises(ValueError, match="of other episodes than"):
+        progress.take_progress(tmp_path / "taken.parquet", taken, dataset)
     pq.write_table(table.slice(0, len(table) - 2), theirs)
     with pytest.raises(ValueError, match="its frames are not those of"):
         lerobot_io.export_progress(theirs, copy, fingerprint(copy))

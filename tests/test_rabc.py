@@ -49,7 +49,7 @@ def test_lerobot_compat_gives_lerobot_s_weights(tmp_path, kappa, delta_frames, n
     np.testing.assert_allclose(ours.weight, raw, atol=1e-6)
 
 
-@pytest.mark.parametrize("how", ["holes", "episodes that take turns"])
+@pytest.mark.parametrize("how", ["holes", "frames twice", "episodes that take turns"])
 def test_lerobot_compat_looks_frames_up_as_lerobot_does(tmp_path, how):
     from lerobot.rewards.sarm.rabc import RABCWeights
 
@@ -57,6 +57,9 @@ def test_lerobot_compat_looks_frames_up_as_lerobot_does(tmp_path, how):
     table = progress_file(path)
     if how == "holes":
         table = table.drop([3, 11, 12, 39, 60])
+    elif how == "frames twice":
+        again = table.iloc[[60, 3, 11]].assign(progress_sparse=[0.9, 0.5, 0.1])
+        table = pd.concat([table, again.astype(table.dtypes)], ignore_index=True)
     else:
         table.episode_index = table.index % 3
     table.to_parquet(path, index=False)
@@ -207,3 +210,28 @@ def test_five_million_frames_take_little_beside_their_progress(tmp_path):
     column = 4 * 5_000_000 / 1e6
     for lerobot_compat in (False, True):
         assert rabc_memory(path, episodes, lerobot_compat) - column < 300  # MB
+
+
+@pytest.mark.parametrize("rows", [[*range(10), *range(11, 72)], [*range(72), 10]])
+def test_frames_that_are_there_twice_or_not_at_all_are_named(tmp_path, rows):
+    """Δ rows further would not be Δ frames later."""
+    progress_file(tmp_path / "p.parquet").iloc[rows].to_parquet(tmp_path / "p.parquet", index=False)
+    with pytest.raises(ValueError, match=r"twice or not at all, after episode 0: (9|10)"):
+        rabc.compute(tmp_path / "p.parquet", "sparse", 5, 0.1, 1e-6, [0])
+
+
+def test_episodes_shorter_than_delta_do_not_decide_what_is_usual(tmp_path):
+    """Their r is extrapolated: two frames that gain 0.3 would gain 7.5 in 50."""
+    long = progress_file(tmp_path / "long.parquet", (200,) * 5)
+    short = pd.DataFrame(
+        {"index": [1000, 1001], "episode_index": 5, "frame_index": [0, 1], "progress_sparse": [0.0, 0.3]}
+    )
+    pd.concat([long, short.astype(long.dtypes)]).to_parquet(tmp_path / "both.parquet", index=False)
+    asked = "sparse", 50, "mean+std", 1e-6, [0, 1, 2, 3, 4, 5]
+    alone, both = (rabc.compute(tmp_path / f"{name}.parquet", *asked) for name in ("long", "both"))
+    assert (both.delta_mean, both.delta_std, both.kappa) == (alone.delta_mean, alone.delta_std, alone.kappa)
+    assert both.delta[-1] == pytest.approx(15) and both.weight[-1] == 1
+    short.assign(index=[0, 1]).astype(long.dtypes).to_parquet(tmp_path / "short.parquet", index=False)
+    assert rabc.compute(tmp_path / "short.parquet", *asked).delta_mean == pytest.approx(15), (
+        "where there is nothing else"
+    )

@@ -82,7 +82,8 @@ class KappaExplorer(ipywidgets.VBox):
             delta = delta[np.isfinite(delta)]
         else:
             delta = rabc.deltas(self._phi, self._episode, frames)
-        return delta, max(float(delta.mean()), 0.0), max(float(delta.std()), self._epsilon)
+        seen = delta if self._compat else delta[rabc.telling(self._episode, np.ones(len(delta), bool), frames)]
+        return delta, max(float(seen.mean()), 0.0), max(float(seen.std()), self._epsilon)
 
     def _fit(self, kappa: float) -> None:
         """Let κ's slider span what r does with this Δ, in two hundred steps, whatever the size of r."""
