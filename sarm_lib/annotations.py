@@ -144,7 +144,7 @@ def violations(annotation: Annotation, vocabulary: dict[str, list[str]]) -> list
                 )
             previous = segment
         covered = sum(max(0, min(s.end, length - 1) - max(s.start, 0) + 1) for s in segments)
-        if covered < MIN_COVERAGE * length:
+        if length > 0 and covered / length < MIN_COVERAGE:  # a quotient, as a length may be too large for a float
             broken(
                 "coverage", f"only {covered} of {length} frames lie in a segment, at least {MIN_COVERAGE:.0%} have to"
             )

@@ -291,6 +291,8 @@ def _entries(path: Path, kind: Kind, dataset: Dataset) -> list:
     """The entries of a file that is about this dataset; an episode stands there once."""
     if not path.exists():
         return []
+    if path.is_dir():
+        raise AnnotationError(f"the file of {kind} is {path}, a folder: name a file")
     content = _yaml(path)
     try:
         file = FORMS[kind].model_validate(content)
@@ -434,9 +436,16 @@ def _put(path: Path, kind: Kind, dataset: Dataset, episode: int, entry: dict | N
     elif entry is not None:
         place = next((i for i, piece in enumerate(pieces) if piece.episode > episode), len(pieces))
         pieces.insert(place, _Piece(episode, "", _lines(entry, column)))
+    text = start + "".join(piece.above + piece.lines for piece in pieces) + end
     with staged(path) as partial:
-        text = start + "".join(piece.above + piece.lines for piece in pieces) + end
         partial.write_text(text, newline=newline)
+        try:
+            _yaml(partial)
+        except AnnotationError as error:
+            raise AnnotationError(
+                f"{path.name} stays as it was: with this change nobody could read it. Does another entry refer to this one "
+                "(& and *)? Write it out there, then save again"
+            ) from error
 
 
 def _cut(text: str, kind: Kind, episodes: list[int]) -> tuple[str, list[_Piece], str, int] | None:
@@ -446,6 +455,8 @@ def _cut(text: str, kind: Kind, episodes: list[int]) -> tuple[str, list[_Piece],
     from ruamel.yaml.nodes import SequenceNode
 
     key, listed = next(pair for pair in YAML(pure=True).compose(text).value if pair[0].value == kind)
+    if not isinstance(listed, SequenceNode) and listed.value:  # `null` or `~`, which entries would stand behind
+        return None
     items = listed.value if isinstance(listed, SequenceNode) else []
     assert len(items) == len(episodes)
     last = text.index("\n", key.end_mark.index) + 1  # behind what was cut off so far
@@ -464,7 +475,7 @@ def _cut(text: str, kind: Kind, episodes: list[int]) -> tuple[str, list[_Piece],
 def _in_lines(text: str, kind: Kind) -> str:
     """The same content, an entry on lines of its own."""
     content = _round_trip().load(text)
-    content[kind] = list(content[kind]) or None
+    content[kind] = list(content[kind] or []) or None
     content.fa.set_block_style()
     return _dump(content)
 

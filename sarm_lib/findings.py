@@ -265,7 +265,11 @@ def best_of(agreement: Mapping[str, Mapping[str, float]], head: str) -> str:
     """Of how annotators (by name) agree with a person's marks: whom to take."""
     if not agreement:
         return f"no validation episode is marked: nobody can say whose {head} annotations are better"
-    shares = pd.Series({name: figures["frame_agreement"] for name, figures in agreement.items()})
+    shares = pd.Series(
+        {n: figures["frame_agreement"] for n, figures in agreement.items() if "frame_agreement" in figures}
+    )
+    if shares.empty:
+        return f"no marked validation episode was annotated: nobody can say whose {head} annotations are better"
     said = ", ".join(f"`{name}` in {share:.0%}" for name, share in shares.sort_values(ascending=False).items())
     best = f": take `{shares.idxmax()}`" if len(shares) > 1 else ""
     return f"of the {head} frames that a person marked, annotators agree: {said}{best}"

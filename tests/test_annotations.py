@@ -344,3 +344,10 @@ def test_a_subtask_that_the_proportions_do_not_know_is_named_with_its_episode(tm
         ValueError, match=r"episode \d+: dense subtask 'cross the middle' is not one of leave the edge, stay in"
     ):
         read_labels(copy, open_dataset(project / "data/tiny"), ("sparse", "dense"))
+
+
+def test_a_length_that_no_number_of_frames_has_is_refused():
+    """JSON knows integers of any size, and no float holds them."""
+    text = json.dumps(asdict(annotation(Segment("reach", 0, 9), Segment("grasp", 10, 19))) | {"length": 0})
+    with pytest.raises(AnnotationError, match="coverage"):
+        annotations.parse(text.replace('"length": 0', '"length": 1' + "0" * 400), NAMES)

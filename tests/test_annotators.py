@@ -112,6 +112,19 @@ def test_whatever_is_killed_no_answer_is_lost_and_none_is_asked_for_twice(demos,
             assert {path: path.read_bytes() for path in Path(work).rglob("*.json")} == before
 
 
+def test_asked_anew_only_what_failed_is_asked_once_more(demos, tmp_path):
+    annotators.run(Scripted({}, name="first"), demos, SPARSE, tmp_path)
+    how = {"work": tmp_path, "skip_existing": False}
+    done, failures = annotators.run(Scripted({5: "fails"}, name="second"), demos, SPARSE, **how)
+    assert [f.episode for f in failures] == [5] and len(done) == 7
+    third = Scripted({}, name="third")
+    found, failures = annotators.run(third, demos, SPARSE, **how)
+    assert third.asked == [5] and not failures and {a.annotator for a in found} == {"second", "third"}
+    fourth = Scripted({}, name="fourth")
+    annotators.run(fourth, demos, SPARSE, **how)
+    assert len(fourth.asked) == 8, "all was answered: again means all of them"
+
+
 def test_a_failed_episode_is_listed_with_its_reason_and_blocks(demos, tmp_path):
     done, failures = annotators.run(Scripted({5: "empty segment", 2: "fails", 3: "fails"}), demos, SPARSE, tmp_path)
     assert [a.episode for a in done] == [0, 1, 4, 6, 7] and [f.episode for f in failures] == [2, 3, 5]

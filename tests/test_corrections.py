@@ -236,13 +236,28 @@ def test_writing_an_entry_leaves_every_other_line_as_it_is(demos, tmp_path, layo
     assert "# about five" in path.read_text()
 
 
-@pytest.mark.parametrize("listed", ["", " []", " [{{episode: 5, verdict: reject}}]  # in a line"])
+@pytest.mark.parametrize(
+    "listed", ["", " null", " ~  # none yet", " []", " [{{episode: 5, verdict: reject}}]  # in a line"]
+)
 def test_entries_in_a_line_get_lines_of_their_own(demos, tmp_path, listed):
     path = tmp_path / "corrections.yaml"
     path.write_text(f"dataset: {{f}}\ncorrections:{listed}".format(f=fingerprint(demos.root)))
     corrections.record_correction(path, demos, fix(annotation(demos, 3), 9))
     found = [c.episode for c in corrections.read_corrections(path, demos)]
     assert found == ([3, 5] if "5" in listed else [3]) and ("# in a line" in path.read_text()) == ("line" in listed)
+
+
+def test_an_entry_that_others_refer_to_is_not_taken_from_them(demos, tmp_path):
+    """What would leave a file that nobody can read is not written."""
+    path = tmp_path / "corrections.yaml"
+    entries = "  - {episode: 3, verdict: reject, why: &blurred out of focus}\n  - {episode: 5, verdict: reject, why: *blurred}\n"
+    path.write_text(f"dataset: {fingerprint(demos.root)}\ncorrections:\n{entries}")
+    before = path.read_text()
+    with pytest.raises(AnnotationError, match=r"stays as it was: .*Does another entry refer to this one"):
+        corrections.record_correction(path, demos, fix(annotation(demos, 3), 9))
+    assert path.read_text() == before and len(corrections.read_corrections(path, demos)) == 2
+    with pytest.raises(AnnotationError, match="a folder: name a file"):
+        corrections.read_corrections(tmp_path, demos)
 
 
 def test_marks_are_annotations(demos, tmp_path):

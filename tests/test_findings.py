@@ -176,3 +176,5 @@ def test_what_still_falls_and_who_annotates_better():
     shares = {"keyframes": {"frame_agreement": 0.64}, "propagate": {"frame_agreement": 0.97}}
     assert findings.best_of(shares, "dense").endswith("`propagate` in 97%, `keyframes` in 64%: take `propagate`")
     assert "no validation episode is marked" in findings.best_of({}, "dense")
+    nobody = {"propagate": {"episodes": 0, "missing": 6}}  # annotate.episodes names none of them
+    assert "no marked validation episode was annotated" in findings.best_of(nobody, "dense")

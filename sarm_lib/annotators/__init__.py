@@ -15,6 +15,7 @@
 """
 
 import logging
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -78,9 +79,11 @@ def _from_params(params, dataset: Dataset, name: str, seed: int | None) -> Annot
 
         embeddings = open_embeddings(params.paths.read("embeddings", "00_prepare"), dataset)
         return PropagateAnnotator(dataset, embeddings, marks, names, seed)
+    local = params.paths.resolve(options.model)  # a folder, else a Hub id or the name that a server knows
+    model = str(local) if name == "vlm" and local.is_dir() else options.model
     asked = {
         "video_key": annotations.video_key(params, dataset),
-        "model": options.model,
+        "model": model,
         "seed": seed,
         "frames_per_second": options.frames_per_second,
         "max_frames": options.max_frames,
@@ -193,8 +196,9 @@ def run(
     asked.close()
     if answers != folder:
         for path in answers.glob("*.json"):
-            path.replace(folder / path.name)
-        remove(answers)
+            shutil.copyfile(path, folder / path.name)
+        if not failures:  # else the next run asks about these alone
+            remove(answers)
     for mark in marks:
         if failures.pop(mark.episode, None):
             done[mark.episode] = mark
@@ -309,7 +313,7 @@ class Existing:
 
     def annotate(self, episodes: Sequence[Episode]) -> Iterator[Failure]:
         for episode in episodes:
-            yield Failure(episode.index, "not annotated yet, and annotate.visualize_only is set")
+            yield Failure(episode.index, "not annotated with these settings yet, and annotate.visualize_only is set")
 
     def estimate(self, episodes: Sequence[Episode]) -> str:
         return "nothing: annotate.visualize_only is set"
@@ -339,4 +343,7 @@ class Opinion:
             yield from (Failure(index, str(error)) for index in sorted(missing))
 
     def estimate(self, episodes: Sequence[Episode]) -> str:
-        return f"nothing: {self.refusal}" if self.refusal else estimate(self.annotator, episodes)
+        try:
+            return f"nothing: {self.refusal}" if self.refusal else estimate(self.annotator, episodes)
+        except AnnotationError as error:
+            return f"nothing: {error}"

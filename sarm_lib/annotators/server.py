@@ -154,7 +154,7 @@ class ServerAnnotator(Interviewer):
                 await self._hold(client, held[head], pictures)
             return self.annotation(episode, held)
         except openai.APITimeoutError:
-            reason = f"no answer within {self.timeout:g} seconds (annotate.server_timeout)"
+            reason = f"no answer within {self.timeout:g} seconds, asked {self.max_retries + 1} times (annotate.server_timeout)"
         except (openai.APIConnectionError, *refusals):
             raise
         except Exception as error:
