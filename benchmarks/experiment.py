@@ -209,8 +209,8 @@ def made_from(arm: str, config) -> dict:
 
 
 def report(runs: dict[str, dict[int, dict]], common: dict, origins: dict[str, dict]) -> dict:
-    """Success of every arm, and its difference from plain BC and from shuffled weights where the same code trained both, with
-    intervals. common: what all arms share; origins: what `made_from` says of each."""
+    """Success of every arm, and its difference from plain BC, from shuffled weights and from the duration filter where the same
+    code trained both, with intervals. common: what all arms share; origins: what `made_from` says of each."""
     import numpy as np
 
     from sarm_lib import statistics
@@ -231,7 +231,7 @@ def report(runs: dict[str, dict[int, dict]], common: dict, origins: dict[str, di
             ],
             "success_rate": successes / rollouts,
         }
-        for other in ("bc", "shuffled"):
+        for other in ("bc", "shuffled", "duration_filter"):
             shared = sorted(set(by_seed) & set(runs.get(other, {})))
             if arm != other and shared and alike(arm, other):
                 mine, theirs = (np.array([r[s]["succeeded"] for s in shared]) for r in (by_seed, runs[other]))
