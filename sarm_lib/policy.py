@@ -568,9 +568,8 @@ def estimate(params, dataset: Dataset, frames: CachedFrames | StreamedFrames, de
     draws = Draws(rows_of(dataset.split("train")), None, False, 0)
     batches = frames.batches(draws.at(i, settings.batch_size) for i in range(TRIAL_STEPS))
     held = {p.untyped_storage().data_ptr() for p in policy.parameters()}
-    saved: weakref.WeakSet[_Saved] = (
-        weakref.WeakSet()
-    )  # what is forgotten before the pass ends drops out: its memory is used anew
+    # What is forgotten before the pass ends drops out: its memory is used anew.
+    saved: weakref.WeakSet[_Saved] = weakref.WeakSet()
 
     def save(tensor: torch.Tensor) -> _Saved:
         saved.add(kept := _Saved(tensor))

@@ -112,6 +112,27 @@ def test_whatever_is_killed_no_answer_is_lost_and_none_is_asked_for_twice(demos,
             assert {path: path.read_bytes() for path in Path(work).rglob("*.json")} == before
 
 
+def test_an_opinion_that_cannot_be_loaded_stops_nothing():
+    """A model may be refused only when it is opened, which its estimate does first."""
+
+    class Gated(Scripted):
+        def estimate(self, episodes):
+            raise AnnotationError("the model is gated")
+
+    opinion = annotators.Opinion("vlm", lambda: Gated({}))
+    assert annotators.estimate(opinion, [None]) == "nothing: the model is gated"
+
+
+def test_a_model_s_folder_is_found_from_the_notebooks_folder(in_project, monkeypatch):
+    from sarm_lib.annotators import vlm
+
+    config, dataset = in_project
+    monkeypatch.setattr(vlm, "VlmAnnotator", lambda dataset, names, **asked: asked["model"])
+    for model, expected in (("data/encoder", str(config.paths.root / "data/encoder")), ("user/name", "user/name")):
+        settings = config.annotate.model_copy(update={"annotator": "vlm", "model": model, "visualize_only": False})
+        assert annotators.from_params(config.model_copy(update={"annotate": settings}), dataset) == expected
+
+
 def test_asked_anew_only_what_failed_is_asked_once_more(demos, tmp_path):
     annotators.run(Scripted({}, name="first"), demos, SPARSE, tmp_path)
     how = {"work": tmp_path, "skip_existing": False}

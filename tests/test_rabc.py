@@ -221,7 +221,7 @@ def test_frames_that_are_there_twice_or_not_at_all_are_named(tmp_path, rows):
 
 
 def test_episodes_shorter_than_delta_do_not_decide_what_is_usual(tmp_path):
-    """Their r is extrapolated: two frames that gain 0.3 would gain 7.5 in 50."""
+    """Their r is extrapolated: two frames that gain 0.3 would gain 15 in 50."""
     long = progress_file(tmp_path / "long.parquet", (200,) * 5)
     short = pd.DataFrame(
         {"index": [1000, 1001], "episode_index": 5, "frame_index": [0, 1], "progress_sparse": [0.0, 0.3]}

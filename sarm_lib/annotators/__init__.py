@@ -24,7 +24,7 @@ from typing import Any, ClassVar, Protocol
 
 from sarm_lib import annotations, corrections
 from sarm_lib.annotations import Annotation, AnnotationError
-from sarm_lib.artifacts import digest, remove, write_json
+from sarm_lib.artifacts import digest, remove, staged, write_json
 from sarm_lib.dataset import Dataset, Episode, fingerprint
 from sarm_lib.live import bar
 
@@ -196,7 +196,8 @@ def run(
     asked.close()
     if answers != folder:
         for path in answers.glob("*.json"):
-            shutil.copyfile(path, folder / path.name)
+            with staged(folder / path.name) as copy:
+                shutil.copyfile(path, copy)
         if not failures:  # else the next run asks about these alone
             remove(answers)
     for mark in marks:
