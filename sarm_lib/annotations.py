@@ -6,11 +6,16 @@ frame of the segment, as in LeRobot's `{head}_subtask_end_frames`. One JSON file
 the nut reaches for it again), and an episode may end before the last subtask.
 """
 
+import json
+import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
+
+from pydantic import TypeAdapter, ValidationError, WithJsonSchema
 
 from sarm_lib.artifacts import staged, write_json
 from sarm_lib.dataset import Dataset, Episode
@@ -18,6 +23,8 @@ from sarm_lib.dataset import Dataset, Episode
 HEADS = ("sparse", "dense")
 SINGLE_STAGE = "task"  # the guide's name of the one stage of `single_stage`, and of the sparse head in `dense_only`
 MIN_COVERAGE = 0.8  # of an episode's frames; a gap keeps the progress of the segment before it
+# The gate refuses a negative number itself, with episode, subtask and rule; the published schema says so to others.
+Index = Annotated[int, WithJsonSchema({"type": "integer", "minimum": 0})]
 STRICT = {"strict": True, "extra": "forbid", "allow_inf_nan": False}  # how a file is read: no guesses
 
 
@@ -32,8 +39,8 @@ class Segment:
     __pydantic_config__: ClassVar = STRICT
 
     subtask: str
-    start: int
-    end: int
+    start: Index
+    end: Index
 
 
 @dataclass(frozen=True)
@@ -47,8 +54,8 @@ class Annotation:
 
     __pydantic_config__: ClassVar = STRICT
 
-    episode: int
-    length: int
+    episode: Index
+    length: Index
     annotator: str
     sparse: tuple[Segment, ...] | None
     dense: tuple[Segment, ...] | None
@@ -133,7 +140,7 @@ def violations(annotation: Annotation, vocabulary: dict[str, list[str]]) -> list
             if segment.start < 0 or segment.end >= length:
                 broken("bounds", f"{span} leaves the episode's {length} frames", segment.subtask)
             if segment.end <= segment.start:
-                broken("zero length", f"{span} has no duration", segment.subtask)
+                broken("zero length", f"{span} has fewer than two frames: both are part of it", segment.subtask)
             if previous and segment.start < previous.start:
                 broken("order", f"{span} stands after {previous.subtask!r}, which starts later", segment.subtask)
             elif previous and segment.start <= previous.end:
@@ -172,9 +179,7 @@ def validate(annotation: Annotation, vocabulary: dict[str, list[str]], length: i
 
 
 @cache
-def _schema():
-    from pydantic import TypeAdapter
-
+def _schema() -> TypeAdapter:
     return TypeAdapter(Annotation)
 
 
@@ -185,8 +190,7 @@ def json_schema() -> dict:
 
 def parse(text: str | bytes, vocabulary: dict[str, list[str]], length: int | None = None) -> Annotation:
     """The annotation in a file's text, validated. Raises AnnotationError, whatever the text is."""
-    from pydantic import ValidationError
-
+    _refuse_what_readers_differ_on(text)
     try:
         annotation = _schema().validate_json(text)
     except ValidationError as error:
@@ -195,6 +199,28 @@ def parse(text: str | bytes, vocabulary: dict[str, list[str]], length: int | Non
         raise AnnotationError(f"{where}: {first['msg']}") from None
     validate(annotation, vocabulary, length)
     return annotation
+
+
+def _refuse_what_readers_differ_on(text: str | bytes) -> None:
+    """Raise AnnotationError for a key that stands there twice, and for numbers that JSON does not have (NaN, Infinity, 1e999)."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        key, count = Counter(key for key, _ in pairs).most_common(1)[0] if pairs else ("", 1)
+        if count > 1:
+            raise AnnotationError(f"{key!r} stands there twice in one object")
+        return dict(pairs)
+
+    def finite(number: str) -> float:
+        if not math.isfinite(value := float(number)):
+            raise AnnotationError(f"{number} is no number that JSON has")
+        return value
+
+    try:
+        json.loads(text, object_pairs_hook=once, parse_float=finite, parse_constant=finite)
+    except AnnotationError:
+        raise
+    except (ValueError, RecursionError):  # no JSON: who reads it next says where
+        pass
 
 
 def file_name(episode: int) -> str:

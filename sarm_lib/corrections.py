@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, WithJsonSchema, model_validator
 
 from sarm_lib.annotations import (
     HEADS,
@@ -122,8 +122,14 @@ def apply(
             rejected.append(episode)
             outcome, note = "rejected", correction.why
         elif correction.verdict == "accept":
-            outcome = "outdated" if changed else "accepted"
-            note = "the annotation is no longer the one that was accepted: look again" if changed else correction.why
+            outcome, note = "accepted", correction.why
+            if changed:
+                outcome, note = "outdated", "the annotation is no longer the one that was accepted: look again"
+            elif not correction.was:
+                outcome, note = (
+                    "outdated",
+                    "does not say what was accepted (`was:`): look, and accept it in notebook 02",
+                )
         else:
             base = current or Annotation(episode, lengths[episode], "manual", None, None)
             said = {head: given for head, given in correction.segments.items() if head in asked}
@@ -167,8 +173,14 @@ def _row(value: Any) -> Any:
     return tuple(value)
 
 
+ROW = {  # the gate refuses negative frames itself, see `annotations.Index`
+    "type": "array",
+    "prefixItems": [{"type": "string"}, {"type": "integer", "minimum": 0}, {"type": "integer", "minimum": 0}],
+    "minItems": 3,
+    "maxItems": 3,
+}
 Text = Annotated[str, BeforeValidator(_text)]
-type Row = Annotated[tuple[str, int, int], BeforeValidator(_row)]
+type Row = Annotated[tuple[str, int, int], BeforeValidator(_row), WithJsonSchema(ROW)]
 type Rows = Annotated[list[Row], Field(min_length=1)]
 
 
@@ -186,6 +198,17 @@ class Heads(BaseModel):
         return {head: tuple(Segment(*row) for row in given) for head, given in rows.items() if given is not None}
 
 
+def _given(head: str) -> dict[str, Any]:
+    return {"properties": {head: {"type": "array"}}, "required": [head]}
+
+
+ONLY_A_FIX_HAS_SEGMENTS = {
+    "if": {"properties": {"verdict": {"const": "fix"}}},
+    "then": {"anyOf": [_given(head) for head in HEADS]},
+    "else": {"properties": {head: {"type": "null"} for head in HEADS}},
+}
+
+
 class MarkEntry(Heads):
     """One episode that a person marked."""
 
@@ -197,6 +220,8 @@ class MarkEntry(Heads):
 
 class CorrectionEntry(MarkEntry):
     """A person's verdict on one episode. A fix, and only a fix, has segments; `was` is the annotation that was seen."""
+
+    model_config = STRICT | {"json_schema_extra": ONLY_A_FIX_HAS_SEGMENTS}
 
     verdict: Verdict
     was: Heads | None = None

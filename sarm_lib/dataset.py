@@ -680,9 +680,9 @@ def _drawn(groups: list[str], shares: dict[str, float], seed: int) -> list[str]:
             free = [i for i, name in enumerate(names) if name == "train"]
             names[int(np.random.default_rng([seed, number]).choice(free))] = split
     if "train" not in names:
-        raise DatasetError(
-            f"base.val_fraction, base.test_fraction: of {len(groups)} episodes they leave none to train on"
-        )
+        few = f"{len(groups)} episode(s) are too few: one each is needed to train on, to choose by (val) and to judge by (test)"
+        none = f"base.val_fraction, base.test_fraction: of {len(groups)} episodes they leave none to train on"
+        raise DatasetError(few if len(groups) < len(SPLITS) else none)
     return names
 
 

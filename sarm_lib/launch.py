@@ -69,10 +69,14 @@ def train_policies(params) -> Path:
     demos, device = dataset.from_params(params), dataset.pick_device(params.base.device)
     frames = policy.frames_for(params.policy, demos, ("train",), own_device(device))
     weighted = rabc.weights_of_rows(params.paths.read("rabc_weights.parquet", "05_compute_rabc"), params, demos)
-    for arm in (policy.Arm("bc"), policy.Arm("rabc", *weighted)):
-        folder = params.paths.write(f"policy/{arm.name}")
-        policy.train_arm(arm, params, demos, frames, device, folder)
-    return folder
+    arms = (policy.Arm("bc"), policy.Arm("rabc", *weighted))
+    folders = {arm.name: params.paths.write(f"policy/{arm.name}") for arm in arms}
+    todo = [arm for arm in arms if not policy.is_trained(arm, params, demos, folders[arm.name])]
+    if todo and share(device).is_main_process:
+        log.info("each process, for each of %d policies: %s", len(todo), policy.estimate(params, demos, frames, device))
+    for arm in arms:
+        policy.train_arm(arm, params, demos, frames, device, folders[arm.name])
+    return folders["rabc"]
 
 
 STAGES = {"encode": encode, "train": train, "score": score, "policy": train_policies}

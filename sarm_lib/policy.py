@@ -519,6 +519,10 @@ def train_arm(
                 accelerator.backward(loss / settings.accumulate)
             step_loss += loss.detach() / settings.accumulate
         accelerator.clip_grad_norm_(trainable, policy.config.get_optimizer_preset().grad_clip_norm)
+        if (
+            weight is not None and not weight.any()
+        ):  # nothing to learn: AdamW lets alone what has no gradient, not one of 0
+            optimizer.zero_grad()
         optimizer.step()
         scheduler.step()
         average.update()
@@ -592,8 +596,11 @@ def estimate(params, dataset: Dataset, frames: CachedFrames | StreamedFrames, de
         seconds.append(time.perf_counter() - start)
         start = time.perf_counter()
     bytes_of = lambda parameters: sum(p.numel() * p.element_size() for p in parameters)  # noqa: E731
-    copies = 3 + (settings.ema_decay > 0)  # gradients, AdamW's two moments, the average
-    memory = bytes_of(policy.parameters()) + copies * bytes_of(trainable) + activations
+    copies = 2 + (settings.ema_decay > 0)  # AdamW's moments, the average
+    # The backward pass gives up activations as it comes by gradients; those of an earlier part of a step stay.
+    gradients = bytes_of(trainable)
+    passing = activations + gradients if settings.accumulate > 1 else max(activations, gradients)
+    memory = bytes_of(policy.parameters()) + copies * bytes_of(trainable) + passing
     count = sum(p.numel() for p in trainable)
     return Estimate(count, memory, settings.accumulate * min(seconds[1:]), settings.steps)
 

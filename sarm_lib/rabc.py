@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sarm_lib.artifacts import PARQUET_KEY, read_provenance, staged
+from sarm_lib.artifacts import PARQUET_KEY, digest, read_provenance, staged
 from sarm_lib.dataset import Dataset, fingerprint
 
 Head = Literal["sparse", "dense"]
@@ -282,10 +282,11 @@ def head_of(params) -> Head:
     return "sparse" if params.rabc.head_mode == "both" else params.rabc.head_mode
 
 
-def provenance(params, dataset_fingerprint: str, checkpoint: str | None = None) -> dict[str, str | int | float | bool]:
+def provenance(params, dataset: Dataset, checkpoint: str | None = None) -> dict[str, str | int | float | bool]:
     """What weights are made from: a file that says otherwise weights nothing. checkpoint: the reward model's."""
     made = {
-        "fingerprint": dataset_fingerprint,
+        "fingerprint": fingerprint(dataset.root),
+        "training_episodes": digest([episode.index for episode in dataset.split("train")]),  # of which μ, σ and κ are
         "head_mode": head_of(params),
         "delta_frames": params.delta_frames,
         "kappa": params.rabc.kappa,
@@ -307,10 +308,10 @@ def write_weights(path: Path, computed: RabcWeights, made_from: dict[str, str | 
 def weights_of_rows(path: Path, params, dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
     """The weight and the r of every row of `dataset`, (N,) float32 each.
 
-    Raises ValueError for the weights of another dataset or of other settings, another reward model's path among them, and
-    where a frame has none.
+    Raises ValueError for the weights of another dataset, of other training episodes or of other settings, another reward
+    model's path among them, and where a frame has none.
     """
-    made, wanted = read_provenance(path) or {}, provenance(params, fingerprint(dataset.root))
+    made, wanted = read_provenance(path) or {}, provenance(params, dataset)
     differing = [
         f"{key} is {made.get(key)}, not {wanted.get(key)}"
         for key in sorted((wanted | made).keys() - {"checkpoint"})

@@ -30,8 +30,8 @@ def annotation(*segments: Segment, length: int = 20) -> Annotation:
         ([Segment("grab", 0, 19)], "vocabulary: unknown subtask 'grab' (0 to 19); known are reach, grasp"),
         ([Segment("reach", 0, 20)], "bounds: 'reach' (0 to 20) leaves the episode's 20 frames"),
         ([Segment("reach", -1, 18)], "bounds: 'reach' (-1 to 18) leaves the episode's 20 frames"),
-        ([Segment("reach", 6, 5), Segment("reach", 7, 19)], "zero length: 'reach' (6 to 5) has no duration"),
-        ([Segment("reach", 0, 0), Segment("grasp", 1, 19)], "zero length: 'reach' (0 to 0) has no duration"),
+        ([Segment("reach", 6, 5), Segment("reach", 7, 19)], "zero length: 'reach' (6 to 5) has fewer than two frames"),
+        ([Segment("reach", 0, 0), Segment("grasp", 1, 19)], "zero length: 'reach' (0 to 0) has fewer than two frames"),
         ([Segment("reach", 0, 9), Segment("grasp", 9, 19)], "overlap: 'grasp' (9 to 19) starts inside 'reach'"),
         ([Segment("grasp", 10, 19), Segment("reach", 0, 9)], "order: 'reach' (0 to 9) stands after 'grasp'"),
         ([Segment("reach", 0, 9)], "coverage: only 10 of 20 frames lie in a segment, at least 80% have to"),
@@ -89,6 +89,7 @@ def may_be_stored(text: bytes | str, names: dict[str, list[str]], length: int) -
     """The rules of docs/annotations.md once more, told by the frames: each is painted by one segment at most."""
     try:
         file = json.loads(text.decode() if isinstance(text, bytes) else text)
+        json.dumps(file, allow_nan=False)
     except ValueError:
         return False
     needed = {"episode", "length", "annotator", "sparse", "dense"}
@@ -249,6 +250,34 @@ def test_what_is_valid_is_accepted_and_survives_its_file(parts):
     segments = tuple(Segment(name, a, b - 1) for (name, _), a, b in zip(parts, edges, edges[1:]))
     whole = Annotation(7, edges[-1], "x", segments, None, {"sparse": (0.5,) * len(parts)}, {"seed": 1})
     assert annotations.parse(json.dumps(asdict(whole)), NAMES, edges[-1]) == whole
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ('"provenance": {"seed": 1, "seed": 2}', "'seed' stands there twice"),
+        ('"length": 20, "provenance": {}', "'length' stands there twice"),
+        ('"provenance": {"seed": NaN}', "NaN is no number that JSON has"),
+        ('"provenance": {"deep": [{"a": -Infinity}]}', "-Infinity is no number"),
+        ('"provenance": {"seed": 1e999}', "1e999 is no number"),
+    ],
+)
+def test_what_readers_of_json_differ_on_is_refused(said, reason):
+    text = json.dumps(asdict(annotation(Segment("reach", 0, 9), Segment("grasp", 10, 19))))
+    annotations.parse(text, NAMES, 20)
+    with pytest.raises(AnnotationError, match=reason):
+        annotations.parse(text.replace('"provenance": {}', said), NAMES, 20)
+
+
+@settings(max_examples=200)
+@given(st.integers(-3, 3), st.integers(-3, 25), st.integers(-2, 9), st.integers(-1, 21))
+def test_what_the_gate_accepts_the_schema_accepts(start, end, episode, length):
+    import jsonschema
+
+    given = Annotation(episode, length, "x", (Segment("reach", start, end),), None)
+    fits = jsonschema.Draft202012Validator(annotations.json_schema()).is_valid(json.loads(json.dumps(asdict(given))))
+    assert fits == (min(start, end, episode, length) >= 0)
+    assert fits or annotations.violations(given, NAMES)
 
 
 def test_the_documented_example_is_valid_and_the_schema_is_the_codes():

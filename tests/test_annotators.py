@@ -105,11 +105,29 @@ def test_whatever_is_killed_no_answer_is_lost_and_none_is_asked_for_twice(demos,
             # Who only looks sees what is finished, whatever `skip_existing` says, and changes nothing.
             before = {path: path.read_bytes() for path in Path(work).rglob("*.json")}
             found, missing = annotators.run(
-                annotators.Existing(scripted), demos, SPARSE, Path(work), skip_existing=False
+                annotators.Existing(scripted, Path(work) / "none", SPARSE),
+                demos,
+                SPARSE,
+                Path(work),
+                skip_existing=False,
             )
             assert {a.episode: a.annotator for a in found} == stored
             assert [f.episode for f in missing] == [i for i in range(8) if i not in stored]
             assert {path: path.read_bytes() for path in Path(work).rglob("*.json")} == before
+
+
+def test_who_only_looks_sees_what_the_stage_left_last_where_settings_have_changed(demos, tmp_path):
+    work, last = tmp_path / "work", tmp_path / "annotations"
+    made, _ = annotators.run(Scripted({}, name="before"), demos, SPARSE, work)
+    annotations.save(last, made[:6], SPARSE)
+    (last / "000002.json").write_text("{}")
+    now = Scripted({}, name="now")
+    now.identity = {**now.identity, "model": "another"}
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.json")}
+    found, missing = annotators.run(annotators.Existing(now, last, SPARSE), demos, SPARSE, work)
+    assert [a.episode for a in found] == [0, 1, 3, 4, 5] and {a.annotator for a in found} == {"before"}
+    assert [f.episode for f in missing] == [2, 6, 7] and "cannot be read" in missing[0].reason
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.json")} == before and now.asked == []
 
 
 def test_an_opinion_that_cannot_be_loaded_stops_nothing():

@@ -306,6 +306,13 @@ def test_every_verdict_has_its_outcome_and_raw_annotations_stay(demos):
     assert raw == [annotation(demos, i) for i in range(5)]
 
 
+def test_an_acceptance_that_does_not_say_of_what_waits_for_a_new_look(demos):
+    """One written by hand: it could never become outdated."""
+    bare = corrections.Correction(2, "accept", {}, {})
+    (outcome,) = corrections.apply([annotation(demos, 2)], [bare], demos, NAMES).outcomes
+    assert outcome.outcome == "outdated" and "accept it in notebook 02" in outcome.note
+
+
 @pytest.mark.parametrize(("moved", "outcome"), [(1, "accepted"), (2, "outdated")])
 def test_an_acceptance_survives_what_nobody_sees(moved, outcome, demos):
     """At 10 frames a second, one frame: so much may differ where another processor trained the annotator."""
@@ -393,7 +400,10 @@ def test_the_documented_example_fits_the_documented_schema_which_is_the_codes(de
     path = tmp_path / "example.yaml"
     path.write_text(re.sub("dataset: [0-9a-f]+", f"dataset: {fingerprint(demos.root)}", example))
     assert corrections.episodes_in(path, kind, demos) == {"marks": [21], "corrections": [12, 30]}[kind]
-    for broken in ({"dens": []}, {"episode": "12"}, {"sparse": [["a", 0]]}):
+    broken_ways = [{"dens": []}, {"episode": "12"}, {"sparse": [["a", 0]]}, {"dense": [["a", -1, 5]]}]
+    if kind == "corrections":  # the example's first one is a fix
+        broken_ways += [{"dense": None}, {"verdict": "accept"}, {"verdict": "reject"}]
+    for broken in broken_ways:
         content = yaml.safe_load(example)
         content[kind][0] |= broken
         with pytest.raises(jsonschema.ValidationError):

@@ -85,8 +85,10 @@ def test_an_appended_episode_moves_no_other_one_to_another_split(share):
             mine = [split for split, name in zip(now, groups) if name == group]
             assert all(abs(mine.count(split) - share * len(mine)) <= 1 for split in ("val", "test"))
     assert set(_splits({}, ["all"] * 3, share, share, 3)) == {"train", "val", "test"}  # fewer than a run has
-    with pytest.raises(DatasetError, match="leave none to train on"):
+    with pytest.raises(DatasetError, match=r"2 episode\(s\) are too few: one each is needed to train on"):
         _splits({}, ["all"] * 2, 0.5, 0.5, 0)
+    with pytest.raises(DatasetError, match="of 4 episodes they leave none to train on"):
+        _splits({}, ["all"] * 4, 0.5, 0.5, 0)
 
 
 def test_what_is_only_shown_does_not_move_the_splits(copy):

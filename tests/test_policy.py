@@ -265,6 +265,26 @@ def test_without_zero_weights_both_arms_are_the_same_and_with_them_they_differ(
     assert 0.2 < np.mean([row["rabc_mean_weight"] for row in curves["half"]]) < 0.8
 
 
+def test_a_batch_of_zero_weights_moves_nothing(in_project, frames, tmp_path, monkeypatch):
+    """Nor does AdamW's momentum: the steps that learn something come first, and then none does."""
+    config, dataset = in_project
+    monkeypatch.setattr(type(config.paths), "write", lambda _, name: tmp_path / name)
+    settings = config.policy.model_copy(update={"ema_decay": 0.0, "weighting": "loss", "warmup_steps": 1})
+    monkeypatch.setattr(policy, "learning_rate", lambda step, *_: 1.0)
+    counting, worthless = dataset.split("train")[0], dataset.split("train")[1]
+    rows = lambda episode, samples: np.full(samples, episode.row)  # noqa: E731
+    monkeypatch.setattr(policy.Draws, "at", lambda self, step, n: rows(counting if step < 2 else worthless, n))
+    weights = np.ones(dataset.num_frames, dtype=np.float32)
+    weights[worthless.row] = 0
+    found = []
+    for steps in (2, 6):
+        params = config.model_copy(update={"policy": settings.model_copy(update={"steps": steps})})
+        curve = policy.train_arm(policy.Arm("rabc", weights), params, dataset, frames, "cpu", tmp_path / str(steps))
+        found.append(load_file(tmp_path / str(steps) / policy.CHECKPOINT / "pretrained_model/model.safetensors"))
+    assert curve[-1]["rabc_num_zero"] > 0
+    assert all(torch.equal(values, found[1][name]) for name, values in found[0].items())
+
+
 def test_a_stopped_arm_resumes_to_the_same_weights(in_project, frames, tmp_path, monkeypatch):
     config, dataset = in_project
     arm = policy.Arm("bc", None)
@@ -521,14 +541,21 @@ def test_an_estimate_counts_what_is_trained(in_project, changes):
     found = policy.estimate(params, dataset, frames, "cpu")
     made, *_ = policy.make(params.policy, dataset, "cpu")
     assert found.parameters == sum(p.numel() for p in made.parameters() if p.requires_grad)
-    assert found.memory > 16 * found.parameters and found.seconds_per_step > 0 and found.steps == params.policy.steps
-    twice = {**changes, "batch_size": 2 * params.policy.batch_size}
-    larger = config.model_copy(update={"policy": config.policy.model_copy(update=twice)})
-    more = policy.estimate(larger, dataset, frames, "cpu").memory - found.memory
+    assert found.seconds_per_step > 0 and found.steps == params.policy.steps
+
+    def memory(**other) -> float:
+        asked = config.model_copy(update={"policy": config.policy.model_copy(update={**changes, **other})})
+        return policy.estimate(asked, dataset, frames, "cpu").memory
+
     assert params.policy.ema_decay, "the average of the weights is a fifth copy"
-    assert more == pytest.approx(found.memory - 20 * found.parameters, rel=0.15), "activations grow with the batch"
-    last = config.model_copy(update={"policy": config.policy.model_copy(update={**changes, "ema_decay": 0.0})})
-    assert found.memory - policy.estimate(last, dataset, frames, "cpu").memory == 4 * found.parameters
+    assert found.memory - memory(ema_decay=0.0) == 4 * found.parameters
+    activations = memory(accumulate=2) - 20 * found.parameters  # with the gradients of the part before
+    size = params.policy.batch_size
+    more = memory(accumulate=2, batch_size=2 * size) - 20 * found.parameters - activations
+    assert more == pytest.approx(activations, rel=0.15), "activations grow with the batch"
+    for batch_size, held in ((size, activations), (2 * size, activations + more)):
+        passing = held + 4 * found.parameters if params.policy.accumulate > 1 else max(held, 4 * found.parameters)
+        assert memory(batch_size=batch_size) == 16 * found.parameters + passing
     held = policy.cached_bytes(params.policy, dataset, ("train",), "cpu")
     assert held == sum(images.nbytes for images in frames.images.values())
 

@@ -1,5 +1,7 @@
 """Eq 6, 8, 9: LeRobot's numbers where it is right, and what a weight must never be."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
@@ -197,6 +199,10 @@ def test_weights_of_another_dataset_or_of_other_settings_weight_nothing(in_proje
     other = config.model_copy(update={"rabc": config.rabc.model_copy(update={"reward_model_path": "another/model"})})
     with pytest.raises(ValueError, match="reward_model_path is None, not another/model"):
         rabc.weights_of_rows(path, other, dataset)
+    moved = [replace(e, split="val") if i == 0 else e for i, e in enumerate(dataset.episodes)]
+    assert dataset.episodes[0].split == "train"
+    with pytest.raises(ValueError, match="training_episodes is "):  # μ, σ and κ are of other episodes
+        rabc.weights_of_rows(path, config, replace(dataset, episodes=tuple(moved)))
     table = pq.read_table(path)
     pq.write_table(table.replace_schema_metadata({b"sarm_lib": b'{"fingerprint": "another"}'}), tmp_path / "w.parquet")
     with pytest.raises(ValueError, match="fingerprint is another"):

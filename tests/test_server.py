@@ -1,6 +1,7 @@
 """Annotations from an OpenAI-compatible server, which is a process of its own and sometimes fails."""
 
 import asyncio
+import contextlib
 import json
 import os
 import subprocess
@@ -17,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sarm_lib import annotations
+from sarm_lib import annotations, annotators
 from sarm_lib.annotations import Annotation, AnnotationError
 from sarm_lib.annotators import Failure, question
 from sarm_lib.annotators.server import DECODED, LONGEST_PAUSE, ServerAnnotator, _Pace
@@ -199,6 +200,75 @@ def test_when_one_is_told_that_there_are_too_many_all_wait():
     assert [type(result) for result in results] == [Annotation] * 6
     assert len(crowded.arrivals) == 7  # the refused one came again
     assert min(crowded.arrivals[2:]) - crowded.refused_at > 0.99
+
+
+class Odd(Crowded):
+    """Lists its model; answers the first two requests too late, and the others with what `answers` has for them in turn."""
+
+    def do_GET(self) -> None:
+        self.reply(
+            200, {"object": "list", "data": [{"id": "tiny-vlm", "object": "model", "created": 0, "owned_by": ""}]}
+        )
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.arrivals.append(time.monotonic())
+        if len(self.server.arrivals) <= self.server.late:
+            time.sleep(0.6)
+        body = self.server.body
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(200)
+        self.send_header("content-type", "application/json" if isinstance(body, dict) else "text/html")
+        self.send_header("content-length", str(len(data)))
+        self.end_headers()
+        with contextlib.suppress(ConnectionError):  # whoever asked has gone
+            self.wfile.write(data)
+
+
+@contextlib.contextmanager
+def odd_server(body, late: int = 0):
+    """A server that answers so, its first answers too late for a timeout of a third of a second."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Odd)
+    server.arrivals, server.late, server.body, server.daemon_threads = [], late, body, True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server, f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def completion(text: str) -> dict:
+    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+    return {"id": "0", "object": "chat.completion", "created": 0, "model": "tiny-vlm", "choices": [choice]}
+
+
+@pytest.mark.parametrize("late", [1, 2])
+def test_a_request_that_runs_out_of_time_is_sent_once_more(late):
+    dataset, names = Clips([20]), {"sparse": VOCABULARY["sparse"]}
+    with odd_server(completion(Crowded.answer), late) as (server, address):
+        asked = ask_server(address, dataset, vocabulary=names, timeout=0.3)
+        (result,) = asked.annotate(dataset.episodes)
+        assert len(server.arrivals) == 2
+    if late == 1:
+        assert isinstance(result, Annotation)
+    else:
+        assert "no answer within 0.3 seconds, and again none (annotate.server_timeout" in result.reason
+
+
+def test_what_is_no_server_of_the_kind_is_said_once():
+    dataset = Clips([20, 20])
+    with odd_server(b"<html>nginx</html>") as (server, address):
+        with pytest.raises(AnnotationError, match=r"no OpenAI-compatible server: .*<html>nginx.*/v1 in the URL"):
+            list(ask_server(address, dataset, in_flight=1).annotate(dataset.episodes))
+        assert len(server.arrivals) == 1
+
+
+def test_half_a_pair_of_surrogates_in_an_answer_can_be_kept_and_read(tmp_path):
+    """A model may write half an emoji, and JSON can say it."""
+    dataset, names = Clips([20], root=tmp_path / "dataset"), {"sparse": VOCABULARY["sparse"]}
+    with odd_server(completion("\ud83d and then")) as (_, address):
+        asked = ask_server(address, dataset, vocabulary=names, max_attempts=1)
+        found, (failure,) = annotators.run(asked, dataset, names, tmp_path / "work")
+    assert not found and failure.provenance["answers"]["sparse"]["refused"][0]["answer"] == "? and then"
 
 
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=12))

@@ -54,7 +54,9 @@ def from_params(params, dataset: Dataset, *, name: str | None = None, seed: int 
     """The annotator that `params.annotate` names (or `name`). Raises AnnotationError for what it needs and does not have."""
     annotations.video_key(params, dataset)  # people look at it too: a wrong name is told here, not in the next chapter
     annotator = _from_params(params, dataset, name or params.annotate.annotator, seed)
-    return Existing(annotator) if params.annotate.visualize_only else annotator
+    if not params.annotate.visualize_only:
+        return annotator
+    return Existing(annotator, _last(params, "annotations"), annotations.vocabulary(params))
 
 
 def _from_params(params, dataset: Dataset, name: str, seed: int | None) -> Annotator:
@@ -127,7 +129,18 @@ def opinions_from_params(params, dataset: Dataset) -> dict[str, Annotator]:
     made = {
         name: Opinion(who, partial(_from_params, params, dataset, who, seed)) for name, (who, seed) in asked.items()
     }
-    return {name: Existing(other) for name, other in made.items()} if options.visualize_only else made
+    if not options.visualize_only:
+        return made
+    folder, names = _last(params, "opinions"), annotations.vocabulary(params)
+    return {name: Existing(other, folder / name, names) for name, other in made.items()}
+
+
+def _last(params, name: str) -> Path:
+    """What the stage left last; a folder that is not there where it has not run yet."""
+    try:
+        return params.paths.read(name, "01_annotate")
+    except FileNotFoundError:
+        return params.paths.write(name)
 
 
 class SingleStage:
@@ -183,8 +196,9 @@ def run(
         result = _through_the_gate(result, vocabulary, lengths[result.episode])
         failed = folder / "failed" / annotations.file_name(result.episode)
         if isinstance(result, Annotation):
-            annotations.save_one(answers, result, vocabulary)
-            remove(failed)
+            if not isinstance(annotator, Existing):  # made with other settings than this folder is of
+                annotations.save_one(answers, result, vocabulary)
+                remove(failed)
             done[result.episode] = result
         else:
             if result.reason not in {failure.reason for failure in failures.values()}:  # the same is said once
@@ -307,14 +321,23 @@ def suggest(params, dataset: Dataset, count: int) -> list[int]:
 
 
 class Existing:
-    """Stands for an annotator that must not be asked: what it has not annotated yet is a failure."""
+    """Stands for an annotator that must not be asked: what it has not annotated with these settings is as `folder`, the
+    stage's last result, has it, and a failure where that says nothing."""
 
-    def __init__(self, annotator: Annotator) -> None:
-        self.identity = annotator.identity
+    def __init__(self, annotator: Annotator, folder: Path, names: dict[str, list[str]]) -> None:
+        self.identity, self.folder, self.names = annotator.identity, folder, names
 
-    def annotate(self, episodes: Sequence[Episode]) -> Iterator[Failure]:
+    def annotate(self, episodes: Sequence[Episode]) -> Iterator[Annotation | Failure]:
         for episode in episodes:
-            yield Failure(episode.index, "not annotated with these settings yet, and annotate.visualize_only is set")
+            path = self.folder / annotations.file_name(episode.index)
+            try:
+                if path.exists():
+                    yield annotations.load_one(path, self.names, episode.length)
+                    continue
+                reason = "not annotated yet, and annotate.visualize_only is set"
+            except AnnotationError as error:
+                reason = f"annotate.visualize_only is set, and what there is cannot be read: {error}"
+            yield Failure(episode.index, reason)
 
     def estimate(self, episodes: Sequence[Episode]) -> str:
         return "nothing: annotate.visualize_only is set"

@@ -284,6 +284,7 @@ class Interview:
 
     def hear(self, text: str, seed: int, *, cut_off: bool = False) -> None:
         """Take an answer, or refuse it with the reason."""
+        text = text.encode("utf-8", "replace").decode()  # a file with half an emoji, "\ud83d", could not be read again
         try:
             if cut_off:
                 raise AnnotationError("the answer was cut off: it is too long for the server")

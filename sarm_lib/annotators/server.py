@@ -3,18 +3,22 @@
 The server is asked for JSON of a schema. A schema cannot say that times increase, so an answer that is not valid is
 asked for again, with another seed and with what was wrong. vLLM also takes the whole grammar (`use_grammar`), with
 which every answer is valid. Failures of the server and lost connections are tried again, later and later; where it says
-that there are too many requests, all wait.
+that there are too many requests, all wait. A request that ran out of time is sent once more: each of these may have kept
+the server busy for all of that time.
 """
 
 import asyncio
 import base64
 import os
 import queue
+import reprlib
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
+
+import tenacity
 
 from sarm_lib.annotations import Annotation, AnnotationError
 from sarm_lib.annotators import Failure
@@ -22,6 +26,7 @@ from sarm_lib.annotators.question import Interview, Interviewer, Question, jpeg,
 from sarm_lib.dataset import Episode
 
 TOO_MANY = (429, 503)  # requests: the answers of a rate limit, and of a server that is full
+PASSING = (408, 409, 429)  # answers of a server that another try may change; all from 500 on, too
 LONGEST_PAUSE = 120.0  # seconds
 JPEG_BYTES = 0.35 * 4 / 3  # of a pixel, as base64
 DECODED = 4  # episodes at once, whose raw frames are in memory
@@ -36,6 +41,7 @@ class ServerAnnotator(Interviewer):
     in_flight: int = 16  # requests
     timeout: float = 600.0  # seconds, of one request
     max_retries: int = 8  # of a request that did not come through; waits 0.5, 1, 2, 4, 8, 8... seconds
+    max_timeouts: int = 2  # of a request
     use_grammar: bool = False  # vLLM only
 
     @property
@@ -97,7 +103,7 @@ class ServerAnnotator(Interviewer):
             base_url=self.url,
             api_key=os.environ.get("OPENAI_API_KEY") or "none",
             timeout=self.timeout,
-            max_retries=self.max_retries,
+            max_retries=0,  # see `_send`
         ) as client:
 
             async def one(episode: Episode) -> None:
@@ -118,10 +124,13 @@ class ServerAnnotator(Interviewer):
         import openai
 
         try:
-            served = [model.id for model in (await client.with_options(max_retries=1).models.list()).data]
+            listed = await client.with_options(max_retries=1).models.list()
+            if not hasattr(listed, "data"):  # a page of HTML, say
+                raise _NoReply(f"its list of models is {reprlib.repr(listed)}")
+            served = [model.id for model in listed.data]
         except openai.NotFoundError:  # a server need not have a list
             return
-        except openai.OpenAIError as error:
+        except (openai.OpenAIError, _NoReply) as error:
             raise self._explain(error) from None
         if self.model not in served:
             raise AnnotationError(f"the server at {self.url} has no model {self.model!r}; it has {', '.join(served)}")
@@ -137,6 +146,10 @@ class ServerAnnotator(Interviewer):
         if isinstance(error, openai.OpenAIError):
             return AnnotationError(
                 f"the server at {self.url} refuses: {error} (is OPENAI_API_KEY right, and /v1 in the URL?)"
+            )
+        if isinstance(error, _NoReply):
+            return AnnotationError(
+                f"what answers at {self.url} is no OpenAI-compatible server: {error} (is /v1 in the URL?)"
             )
         return error
 
@@ -154,8 +167,11 @@ class ServerAnnotator(Interviewer):
                 await self._hold(client, held[head], pictures)
             return self.annotation(episode, held)
         except openai.APITimeoutError:
-            reason = f"no answer within {self.timeout:g} seconds, asked {self.max_retries + 1} times (annotate.server_timeout)"
-        except (openai.APIConnectionError, *refusals):
+            reason = (
+                f"no answer within {self.timeout:g} seconds, and again none (annotate.server_timeout; or fewer requests at once: "
+                "annotate.requests_in_flight)"
+            )
+        except (openai.APIConnectionError, _NoReply, *refusals):
             raise
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
@@ -171,19 +187,43 @@ class ServerAnnotator(Interviewer):
                 again = f"This answer is not valid: {last['reason']}. Answer again, with JSON only."
                 messages += [{"role": "assistant", "content": last["answer"]}, {"role": "user", "content": again}]
             seed = self.try_seed(question, attempt)
-            reply = await client.chat.completions.create(
-                model=self.model,
-                messages=messages,
-                seed=seed,
-                temperature=self.try_temperature(attempt),
-                **self._format(question),
-            )
+            # No max_tokens: vLLM refuses a request whose prompt and max_tokens exceed its context, and schema or grammar bound
+            # the answer.
+            asking = {"model": self.model, "messages": messages, "seed": seed, **self._format(question)}
+            reply = await self._send(client, temperature=self.try_temperature(attempt), **asking)
             choice = reply.choices[0] if reply.choices else None
             text = (choice and choice.message.content) or ""
             interview.hear(text, seed, cut_off=bool(choice) and choice.finish_reason == "length")
             if interview.segments is not None:
                 return
         raise AnnotationError(interview.complaint)
+
+    async def _send(self, client, **request):
+        """The server's reply. A failure that may pass is waited for; openai's own retries would take a request that ran out
+        of time for one."""
+        import openai
+
+        def passing(error: BaseException) -> bool:
+            status = getattr(error, "status_code", 0)
+            return isinstance(error, openai.APIConnectionError) or status in PASSING or status >= 500
+
+        timeouts = 0
+
+        def enough(state: tenacity.RetryCallState) -> bool:
+            nonlocal timeouts
+            timeouts += isinstance(state.outcome.exception(), openai.APITimeoutError)
+            return timeouts >= self.max_timeouts or state.attempt_number > self.max_retries
+
+        waits = tenacity.wait_exponential(multiplier=0.5, max=8)
+
+        @tenacity.retry(retry=tenacity.retry_if_exception(passing), wait=waits, stop=enough, reraise=True)
+        async def sent():
+            return await client.chat.completions.create(**request)
+
+        reply = await sent()
+        if not hasattr(reply, "choices"):
+            raise _NoReply(f"its answer is {reprlib.repr(reply)}")
+        return reply
 
     def pictures(self, episode: Episode) -> list[str]:
         """The frames that the model sees, as data URLs: all that stays of an episode in memory, for every head and try."""
@@ -202,6 +242,10 @@ class ServerAnnotator(Interviewer):
             return {"extra_body": {"structured_outputs": {"grammar": question.grammar}}}
         schema = {"name": "segments", "strict": True, "schema": question.json_schema}
         return {"response_format": {"type": "json_schema", "json_schema": schema}}
+
+
+class _NoReply(Exception):
+    """What came is none of the API's objects."""
 
 
 class _Pace:
