@@ -125,11 +125,9 @@ def apply(
             outcome, note = "accepted", correction.why
             if changed:
                 outcome, note = "outdated", "the annotation is no longer the one that was accepted: look again"
-            elif not correction.was:
-                outcome, note = (
-                    "outdated",
-                    "does not say what was accepted (`was:`): look, and accept it in notebook 02",
-                )
+            elif unsaid := [head for head in asked if head not in correction.was]:
+                outcome = "outdated"
+                note = f"does not say which {' and '.join(unsaid)} segments were accepted (`was:`): look again"
         else:
             base = current or Annotation(episode, lengths[episode], "manual", None, None)
             said = {head: given for head, given in correction.segments.items() if head in asked}
@@ -138,6 +136,8 @@ def apply(
             fixed = Annotation(episode, lengths[episode], "corrected", **heads, provenance={"corrects": base.annotator})
             try:
                 validate(fixed, vocabulary)
+                if asked and not said:
+                    raise AnnotationError(f"says nothing of {' and '.join(asked)} segments, which this mode asks about")
             except AnnotationError as error:
                 outcome, note = "unfit", str(error)
                 if current is None and (missing := [head for head in asked if head not in said]):

@@ -105,29 +105,50 @@ def test_whatever_is_killed_no_answer_is_lost_and_none_is_asked_for_twice(demos,
             # Who only looks sees what is finished, whatever `skip_existing` says, and changes nothing.
             before = {path: path.read_bytes() for path in Path(work).rglob("*.json")}
             found, missing = annotators.run(
-                annotators.Existing(scripted, Path(work) / "none", SPARSE),
+                annotators.Existing(scripted, Path(work) / "none"),
                 demos,
                 SPARSE,
                 Path(work),
                 skip_existing=False,
             )
-            assert {a.episode: a.annotator for a in found} == stored
-            assert [f.episode for f in missing] == [i for i in range(8) if i not in stored]
+            everything = stored if len(stored) == 8 else {}  # a part is not shown as if it were the whole
+            assert {a.episode: a.annotator for a in found} == everything
+            assert [f.episode for f in missing] == [i for i in range(8) if i not in everything]
             assert {path: path.read_bytes() for path in Path(work).rglob("*.json")} == before
 
 
-def test_who_only_looks_sees_what_the_stage_left_last_where_settings_have_changed(demos, tmp_path):
+def test_who_only_looks_sees_what_these_settings_made_or_else_what_the_stage_left_last(demos, tmp_path, caplog):
     work, last = tmp_path / "work", tmp_path / "annotations"
     made, _ = annotators.run(Scripted({}, name="before"), demos, SPARSE, work)
     annotations.save(last, made[:6], SPARSE)
     (last / "000002.json").write_text("{}")
-    now = Scripted({}, name="now")
+    now = Scripted({5: "fails"}, name="now")
     now.identity = {**now.identity, "model": "another"}
+    annotators.run(now, demos, SPARSE, work)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.json")}
-    found, missing = annotators.run(annotators.Existing(now, last, SPARSE), demos, SPARSE, work)
+    looking = annotators.Existing(now, last)
+    found, missing = annotators.run(looking, demos, SPARSE, work)  # not a mixture of both
     assert [a.episode for a in found] == [0, 1, 3, 4, 5] and {a.annotator for a in found} == {"before"}
-    assert [f.episode for f in missing] == [2, 6, 7] and "cannot be read" in missing[0].reason
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*.json")} == before and now.asked == []
+    assert annotators.made_by(looking, found) == "before" and annotators.made_by(now, found) == "scripted"
+    assert [f.episode for f in missing] == [2, 6, 7]
+    assert "cannot be read" in missing[0].reason and missing[1].reason == missing[2].reason
+    some = [episode for episode in demos.episodes if episode.index != 5]
+    found, missing = annotators.run(looking, demos, SPARSE, work, episodes=some)
+    assert {a.annotator for a in found} == {"now"} and len(found) == 7 and not missing
+    assert annotators.waiting(looking, demos, SPARSE, work) == []
+    caplog.clear()
+    _, missing = annotators.run(looking, demos, {"sparse": ["x", "y"]}, work)  # renamed since
+    assert len({f.reason for f in missing if f.episode < 6}) == 1 and len(caplog.records) == 1
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.json")} == before
+
+
+def test_who_only_looks_needs_nothing_that_annotating_needs(in_project):
+    config, dataset = in_project
+    changes = {"annotator": "manual", "marks": "none.yaml", "visualize_only": True}
+    config = config.model_copy(update={"annotate": config.annotate.model_copy(update=changes)})
+    looking = annotators.from_params(config, dataset)
+    found, missing = annotators.run(looking, dataset, annotations.vocabulary(config), config.paths.root / "none")
+    assert found and not missing and annotators.made_by(looking, found) != "manual"
 
 
 def test_an_opinion_that_cannot_be_loaded_stops_nothing():
@@ -226,7 +247,7 @@ def test_the_estimate_is_of_the_episodes_that_are_left(demos):
     assert "16 requests or more" in every and "4 requests or more" in few
     assert annotators.estimate(asked, []) == "nothing is left to annotate"
     looking = annotators.from_params(configured(annotator="server", visualize_only=True), demos)
-    assert annotators.estimate(looking, demos.episodes) == "nothing: annotate.visualize_only is set"
+    assert annotators.estimate(looking, demos.episodes) == "nothing is asked: annotate.visualize_only is set"
     assert annotators.estimate(Scripted({}), demos.episodes) == "seconds, no GPU"
 
 

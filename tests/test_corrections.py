@@ -306,11 +306,25 @@ def test_every_verdict_has_its_outcome_and_raw_annotations_stay(demos):
     assert raw == [annotation(demos, i) for i in range(5)]
 
 
-def test_an_acceptance_that_does_not_say_of_what_waits_for_a_new_look(demos):
-    """One written by hand: it could never become outdated."""
-    bare = corrections.Correction(2, "accept", {}, {})
-    (outcome,) = corrections.apply([annotation(demos, 2)], [bare], demos, NAMES).outcomes
-    assert outcome.outcome == "outdated" and "accept it in notebook 02" in outcome.note
+@pytest.mark.parametrize("seen", [(), ("sparse",)])
+def test_an_acceptance_that_does_not_say_of_what_waits_for_a_new_look(demos, seen):
+    """One written by hand, or of one head alone, could never become outdated by the other."""
+    both = {"sparse": ["reach", "grasp"], "dense": ["reach", "grasp"]}
+    given = replace(annotation(demos, 2), dense=annotation(demos, 2).sparse)
+    bare = corrections.Correction(2, "accept", {}, {head: given.head(head) for head in seen})
+    (outcome,) = corrections.apply([given], [bare], demos, both).outcomes
+    assert outcome.outcome == "outdated" and "dense segments were accepted" in outcome.note
+    (outcome,) = corrections.apply([given], [replace(bare, was={h: given.head(h) for h in both})], demos, both).outcomes
+    assert outcome.outcome == "accepted"
+
+
+def test_a_fix_of_heads_that_nobody_asks_about_makes_no_annotation_a_person_s(demos):
+    given = replace(annotation(demos, 1), sparse=(Segment("task", 0, demos.episodes[1].length - 1),))
+    given = replace(given, dense=annotation(demos, 1).sparse, annotator="x")
+    names = {"sparse": ["task"], "dense": ["reach", "grasp"]}
+    reviewed = corrections.apply([given], [fix(annotation(demos, 1), 7)], demos, names)  # of the sparse head
+    assert reviewed.outcomes[0].outcome == "unfit" and "says nothing of dense segments" in reviewed.outcomes[0].note
+    assert reviewed.annotations == [given]
 
 
 @pytest.mark.parametrize(("moved", "outcome"), [(1, "accepted"), (2, "outdated")])

@@ -203,22 +203,22 @@ def test_when_one_is_told_that_there_are_too_many_all_wait():
 
 
 class Odd(Crowded):
-    """Lists its model; answers the first two requests too late, and the others with what `answers` has for them in turn."""
+    """Lists its `models`, answers the first `late` requests too late, and says `body`, or what is `instead` of it that time."""
 
     def do_GET(self) -> None:
-        self.reply(
-            200, {"object": "list", "data": [{"id": "tiny-vlm", "object": "model", "created": 0, "owned_by": ""}]}
-        )
+        self.say(self.server.models)
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"]))
         self.server.arrivals.append(time.monotonic())
         if len(self.server.arrivals) <= self.server.late:
             time.sleep(0.6)
-        body = self.server.body
+        self.say(self.server.instead.get(len(self.server.arrivals), self.server.body))
+
+    def say(self, body) -> None:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(200)
-        self.send_header("content-type", "application/json" if isinstance(body, dict) else "text/html")
+        self.send_header("content-type", "text/html" if data.startswith(b"<") else "application/json")
         self.send_header("content-length", str(len(data)))
         self.end_headers()
         with contextlib.suppress(ConnectionError):  # whoever asked has gone
@@ -229,7 +229,9 @@ class Odd(Crowded):
 def odd_server(body, late: int = 0):
     """A server that answers so, its first answers too late for a timeout of a third of a second."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Odd)
-    server.arrivals, server.late, server.body, server.daemon_threads = [], late, body, True
+    server.arrivals, server.late, server.body, server.instead, server.daemon_threads = [], late, body, {}, True
+    model = {"id": "tiny-vlm", "object": "model", "created": 0, "owned_by": ""}
+    server.models = {"object": "list", "data": [model]}
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server, f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
@@ -251,7 +253,7 @@ def test_a_request_that_runs_out_of_time_is_sent_once_more(late):
     if late == 1:
         assert isinstance(result, Annotation)
     else:
-        assert "no answer within 0.3 seconds, and again none (annotate.server_timeout" in result.reason
+        assert "no answer within 0.3 seconds, 2 times at most (annotate.server_timeout" in result.reason
 
 
 def test_what_is_no_server_of_the_kind_is_said_once():
@@ -260,6 +262,41 @@ def test_what_is_no_server_of_the_kind_is_said_once():
         with pytest.raises(AnnotationError, match=r"no OpenAI-compatible server: .*<html>nginx.*/v1 in the URL"):
             list(ask_server(address, dataset, in_flight=1).annotate(dataset.episodes))
         assert len(server.arrivals) == 1
+
+
+@pytest.mark.parametrize("models", [b"<html>", {}, {"data": None}, [], {"data": ["tiny-vlm"]}])
+def test_whatever_is_said_of_models_is_one_clear_error(models):
+    """Where such a server is the second opinion, anything else would stop the stage."""
+    dataset = Clips([20])
+    with odd_server(completion(Crowded.answer)) as (server, address):
+        server.models = models
+        with pytest.raises(AnnotationError, match=r"no OpenAI-compatible server: it has no list of models"):
+            list(ask_server(address, dataset).annotate(dataset.episodes))
+        assert not server.arrivals
+
+
+@pytest.mark.parametrize("page", [b"<html>gateway</html>", b'{"id": "0", "obj'])
+def test_a_gateway_s_page_in_between_is_waited_for(page):
+    dataset, names = Clips([20] * 3), {"sparse": VOCABULARY["sparse"]}
+    with odd_server(completion(Crowded.answer)) as (server, address):
+        server.instead = {2: page}
+        asked = ask_server(address, dataset, vocabulary=names, in_flight=1)
+        results = list(asked.annotate(dataset.episodes))
+        assert [type(result) for result in results] == [Annotation] * 3 and len(server.arrivals) == 4
+        server.instead = dict.fromkeys(range(5, 20), page)
+        asked.max_retries = 1
+        results = list(asked.annotate(dataset.episodes))
+        assert [type(result) for result in results] == [Failure] * 3 and "its answer is" in results[0].reason
+
+
+@pytest.mark.parametrize("message", [None, {"content": ["parts"]}, {}])
+def test_an_answer_without_a_text_is_no_valid_one(message):
+    dataset, names = Clips([20]), {"sparse": VOCABULARY["sparse"]}
+    body = completion("")
+    body["choices"][0]["message"] = message and {"role": "assistant", **message}
+    with odd_server(body) as (_, address):
+        (failure,) = ask_server(address, dataset, vocabulary=names, max_attempts=2).annotate(dataset.episodes)
+    assert "no valid answer in 2 tries; the last: the answer is not JSON" in failure.reason
 
 
 def test_half_a_pair_of_surrogates_in_an_answer_can_be_kept_and_read(tmp_path):

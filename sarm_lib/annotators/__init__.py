@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from sarm_lib import annotations, corrections
+from sarm_lib.agreement import not_marked
 from sarm_lib.annotations import Annotation, AnnotationError
 from sarm_lib.artifacts import digest, remove, staged, write_json
 from sarm_lib.dataset import Dataset, Episode, fingerprint
@@ -53,10 +54,11 @@ class Annotator(Protocol):
 def from_params(params, dataset: Dataset, *, name: str | None = None, seed: int | None = None) -> Annotator:
     """The annotator that `params.annotate` names (or `name`). Raises AnnotationError for what it needs and does not have."""
     annotations.video_key(params, dataset)  # people look at it too: a wrong name is told here, not in the next chapter
-    annotator = _from_params(params, dataset, name or params.annotate.annotator, seed)
-    if not params.annotate.visualize_only:
-        return annotator
-    return Existing(annotator, _last(params, "annotations"), annotations.vocabulary(params))
+    name = name or params.annotate.annotator
+    make = partial(_from_params, params, dataset, name, seed)
+    if not params.annotate.visualize_only or params.base.annotation_mode == "single_stage":
+        return make()
+    return Existing(Opinion(name, make), _last(params, "annotations"))
 
 
 def _from_params(params, dataset: Dataset, name: str, seed: int | None) -> Annotator:
@@ -131,8 +133,8 @@ def opinions_from_params(params, dataset: Dataset) -> dict[str, Annotator]:
     }
     if not options.visualize_only:
         return made
-    folder, names = _last(params, "opinions"), annotations.vocabulary(params)
-    return {name: Existing(other, folder / name, names) for name, other in made.items()}
+    folder = _last(params, "opinions")
+    return {name: Existing(other, folder / name) for name, other in made.items()}
 
 
 def _last(params, name: str) -> Path:
@@ -186,25 +188,27 @@ def run(
     folder = _folder(annotator, dataset, vocabulary, work)
     answers = _answers(annotator, folder, skip_existing)
     done, unreadable = _stored(answers, vocabulary, dataset)
+    if isinstance(annotator, Existing):
+        return annotator.show(episodes, done, vocabulary, dataset)
     for reason in unreadable:
         log.warning("%s\nThe annotator is asked about it again.", reason)
     todo = [episode for episode in episodes if episode.index not in done]
     lengths = {episode.index: episode.length for episode in dataset.episodes}
     failures: dict[int, Failure] = {}
     asked = bar(total=len(todo), desc=annotator.identity["annotator"], unit="episode")
-    for result in annotator.annotate(todo) if todo else ():
+    for number, result in enumerate(annotator.annotate(todo) if todo else ()):
+        if number == 0:
+            asked.unpause()  # who has to load or learn something first is not slow for the rest
         result = _through_the_gate(result, vocabulary, lengths[result.episode])
         failed = folder / "failed" / annotations.file_name(result.episode)
         if isinstance(result, Annotation):
-            if not isinstance(annotator, Existing):  # made with other settings than this folder is of
-                annotations.save_one(answers, result, vocabulary)
-                remove(failed)
+            annotations.save_one(answers, result, vocabulary)
+            remove(failed)
             done[result.episode] = result
         else:
             if result.reason not in {failure.reason for failure in failures.values()}:  # the same is said once
                 log.warning("episode %d is not annotated: %s", result.episode, result.reason)
-            if not isinstance(annotator, Existing):
-                write_json(failed, asdict(result))
+            write_json(failed, asdict(result))
             failures[result.episode] = result
         asked.update()
     asked.close()
@@ -231,6 +235,8 @@ def waiting(
     skip_existing: bool = True,
 ) -> list[Episode]:
     """Episodes about which `run` would ask the annotator."""
+    if isinstance(annotator, Existing):
+        return []
     answers = _answers(annotator, _folder(annotator, dataset, vocabulary, work), skip_existing)
     done, _ = _stored(answers, vocabulary, dataset)
     return [episode for episode in (dataset.episodes if episodes is None else episodes) if episode.index not in done]
@@ -273,6 +279,8 @@ def _through_the_gate(
 
 def estimate(annotator: Annotator, episodes: Sequence[Episode]) -> str:
     """What annotating `episodes` will need, where the annotator can tell before it starts."""
+    if isinstance(annotator, Existing):
+        return "nothing is asked: annotate.visualize_only is set"
     if not episodes:
         return "nothing is left to annotate"
     return str(annotator.estimate(episodes)) if hasattr(annotator, "estimate") else "seconds, no GPU"
@@ -321,26 +329,40 @@ def suggest(params, dataset: Dataset, count: int) -> list[int]:
 
 
 class Existing:
-    """Stands for an annotator that must not be asked: what it has not annotated with these settings is as `folder`, the
-    stage's last result, has it, and a failure where that says nothing."""
+    """Stands for an annotator that must not be asked. It shows what that has annotated with these settings, if that is all of
+    what is wanted; else what the stage left last in `folder`, whoever made that."""
 
-    def __init__(self, annotator: Annotator, folder: Path, names: dict[str, list[str]]) -> None:
-        self.identity, self.folder, self.names = annotator.identity, folder, names
+    def __init__(self, annotator: Annotator, folder: Path) -> None:
+        self.identity, self.folder = annotator.identity, folder
 
-    def annotate(self, episodes: Sequence[Episode]) -> Iterator[Annotation | Failure]:
-        for episode in episodes:
-            path = self.folder / annotations.file_name(episode.index)
-            try:
-                if path.exists():
-                    yield annotations.load_one(path, self.names, episode.length)
-                    continue
-                reason = "not annotated yet, and annotate.visualize_only is set"
-            except AnnotationError as error:
-                reason = f"annotate.visualize_only is set, and what there is cannot be read: {error}"
-            yield Failure(episode.index, reason)
+    def show(
+        self,
+        episodes: Sequence[Episode],
+        done: dict[int, Annotation],
+        vocabulary: dict[str, list[str]],
+        dataset: Dataset,
+    ) -> tuple[list[Annotation], list[Failure]]:
+        """What there is of `episodes`, and which are missing. done: made with these settings."""
+        unfit: set[int] = set()
+        if any(episode.index not in done for episode in episodes):
+            done, unreadable = _stored(self.folder, vocabulary, dataset)
+            unfit = {e.index for e in episodes if e.index not in done and self._path(e).exists()}
+            if unreadable:
+                log.warning("%s", str(unreadable[0]).splitlines()[0])
+        said = "annotate.visualize_only is set, and the last result "
+        reasons = {True: f"{said}cannot be read with these subtasks in this mode", False: f"{said}does not have it"}
+        failures = [Failure(e.index, reasons[e.index in unfit]) for e in episodes if e.index not in done]
+        return [done[i] for i in sorted(e.index for e in episodes if e.index in done)], failures
 
-    def estimate(self, episodes: Sequence[Episode]) -> str:
-        return "nothing: annotate.visualize_only is set"
+    def _path(self, episode: Episode) -> Path:
+        return self.folder / annotations.file_name(episode.index)
+
+
+def made_by(annotator: Annotator, annotated: Sequence[Annotation]) -> str:
+    """Whose annotations these are: the annotator's, but for `Existing`, which shows what anybody made."""
+    makers = sorted({annotation.annotator for annotation in not_marked(annotated)})
+    shows = isinstance(annotator, Existing) and makers
+    return " and ".join(makers) if shows else annotator.identity["annotator"]
 
 
 class Opinion:

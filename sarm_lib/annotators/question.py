@@ -230,6 +230,11 @@ def parse(text: str, names: list[str], length: int, fps: float) -> tuple[Segment
     return tuple(Segment(item["subtask"], start, end) for item, start, end in zip(answer, starts, ends))
 
 
+def readable(text: str) -> str:
+    """What somebody said, as text that can be written and read again: half an emoji, "\\ud83d" in JSON, cannot."""
+    return text.encode("utf-8", "replace").decode()
+
+
 # --- an episode's questions -----------------------------------------------------------------------------------------
 
 
@@ -284,7 +289,7 @@ class Interview:
 
     def hear(self, text: str, seed: int, *, cut_off: bool = False) -> None:
         """Take an answer, or refuse it with the reason."""
-        text = text.encode("utf-8", "replace").decode()  # a file with half an emoji, "\ud83d", could not be read again
+        text = readable(text)
         try:
             if cut_off:
                 raise AnnotationError("the answer was cut off: it is too long for the server")

@@ -15,19 +15,20 @@ import reprlib
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import tenacity
 
 from sarm_lib.annotations import Annotation, AnnotationError
 from sarm_lib.annotators import Failure
-from sarm_lib.annotators.question import Interview, Interviewer, Question, jpeg, stamp
+from sarm_lib.annotators.question import Interview, Interviewer, Question, jpeg, readable, stamp
 from sarm_lib.dataset import Episode
 
 TOO_MANY = (429, 503)  # requests: the answers of a rate limit, and of a server that is full
 PASSING = (408, 409, 429)  # answers of a server that another try may change; all from 500 on, too
 LONGEST_PAUSE = 120.0  # seconds
+FIRST_WORD = 30.0  # seconds, in which a server says which models it has
 JPEG_BYTES = 0.35 * 4 / 3  # of a pixel, as base64
 DECODED = 4  # episodes at once, whose raw frames are in memory
 
@@ -43,6 +44,7 @@ class ServerAnnotator(Interviewer):
     max_retries: int = 8  # of a request that did not come through; waits 0.5, 1, 2, 4, 8, 8... seconds
     max_timeouts: int = 2  # of a request
     use_grammar: bool = False  # vLLM only
+    heard: bool = field(default=False, init=False)  # whether a reply was ever one of the API's
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -120,18 +122,18 @@ class ServerAnnotator(Interviewer):
                 raise self._explain(errors.exceptions[0]) from None
 
     async def _check(self, client) -> None:
-        """Raise AnnotationError where nobody answers, or not for this model."""
+        """Raise AnnotationError where nobody answers within a moment, or not for this model."""
         import openai
 
+        asking = client.with_options(max_retries=1, timeout=min(self.timeout, FIRST_WORD))
         try:
-            listed = await client.with_options(max_retries=1).models.list()
-            if not hasattr(listed, "data"):  # a page of HTML, say
-                raise _NoReply(f"its list of models is {reprlib.repr(listed)}")
-            served = [model.id for model in listed.data]
+            served = [model.id for model in (await asking.models.list()).data]
         except openai.NotFoundError:  # a server need not have a list
             return
-        except (openai.OpenAIError, _NoReply) as error:
+        except openai.OpenAIError as error:
             raise self._explain(error) from None
+        except (AttributeError, TypeError, ValueError) as error:  # HTML, or JSON of another kind
+            raise self._explain(_NoReply(f"it has no list of models ({error})")) from None
         if self.model not in served:
             raise AnnotationError(f"the server at {self.url} has no model {self.model!r}; it has {', '.join(served)}")
 
@@ -168,14 +170,18 @@ class ServerAnnotator(Interviewer):
             return self.annotation(episode, held)
         except openai.APITimeoutError:
             reason = (
-                f"no answer within {self.timeout:g} seconds, and again none (annotate.server_timeout; or fewer requests at once: "
-                "annotate.requests_in_flight)"
+                f"no answer within {self.timeout:g} seconds, {self.max_timeouts} times at most (annotate.server_timeout; or fewer "
+                "requests at once: annotate.requests_in_flight)"
             )
-        except (openai.APIConnectionError, _NoReply, *refusals):
+        except (openai.APIConnectionError, *refusals):
             raise
+        except _NoReply as error:
+            if not self.heard:
+                raise
+            reason = str(error)
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
-        return Failure(episode.index, reason, self.provenance(episode, held))
+        return Failure(episode.index, readable(reason), self.provenance(episode, held))
 
     async def _hold(self, client, interview: Interview, pictures: list[str]) -> None:
         """Ask until an answer is valid. Raises AnnotationError where none is in `max_attempts` tries."""
@@ -192,7 +198,8 @@ class ServerAnnotator(Interviewer):
             asking = {"model": self.model, "messages": messages, "seed": seed, **self._format(question)}
             reply = await self._send(client, temperature=self.try_temperature(attempt), **asking)
             choice = reply.choices[0] if reply.choices else None
-            text = (choice and choice.message.content) or ""
+            said = getattr(choice and choice.message, "content", None)
+            text = said if isinstance(said, str) else ""
             interview.hear(text, seed, cut_off=bool(choice) and choice.finish_reason == "length")
             if interview.segments is not None:
                 return
@@ -200,29 +207,36 @@ class ServerAnnotator(Interviewer):
 
     async def _send(self, client, **request):
         """The server's reply. A failure that may pass is waited for; openai's own retries would take a request that ran out
-        of time for one."""
+        of time for one. Raises _NoReply where what comes is none of the API's."""
         import openai
 
+        timeouts = 0
+
         def passing(error: BaseException) -> bool:
+            if isinstance(error, _NoReply):  # a gateway's page, say, unless this is no such server at all
+                return self.heard
             status = getattr(error, "status_code", 0)
             return isinstance(error, openai.APIConnectionError) or status in PASSING or status >= 500
-
-        timeouts = 0
 
         def enough(state: tenacity.RetryCallState) -> bool:
             nonlocal timeouts
             timeouts += isinstance(state.outcome.exception(), openai.APITimeoutError)
             return timeouts >= self.max_timeouts or state.attempt_number > self.max_retries
 
-        waits = tenacity.wait_exponential(multiplier=0.5, max=8)
+        waits = tenacity.wait_exponential_jitter(initial=0.5, max=8, jitter=0.5)
 
         @tenacity.retry(retry=tenacity.retry_if_exception(passing), wait=waits, stop=enough, reraise=True)
         async def sent():
-            return await client.chat.completions.create(**request)
+            try:
+                reply = await client.chat.completions.create(**request)
+            except ValueError as error:
+                raise _NoReply(f"its answer is no JSON ({error})") from None
+            if not hasattr(reply, "choices"):
+                raise _NoReply(f"its answer is {reprlib.repr(reply)}")
+            return reply
 
         reply = await sent()
-        if not hasattr(reply, "choices"):
-            raise _NoReply(f"its answer is {reprlib.repr(reply)}")
+        self.heard = True
         return reply
 
     def pictures(self, episode: Episode) -> list[str]:
@@ -264,7 +278,8 @@ class _Pace:
     async def hear(self, response) -> None:
         """After each answer. A pause lasts as long as the server asks for, else longer from one to the next."""
         now, asked_for = asyncio.get_running_loop().time(), None
-        if response.status_code not in TOO_MANY:
+        told = response.status_code >= 500 and {"retry-after", "retry-after-ms"} & set(response.headers)
+        if response.status_code not in TOO_MANY and not told:
             self.pauses = 0
             return
         for header, unit in (("retry-after", 1), ("retry-after-ms", 1000)):
