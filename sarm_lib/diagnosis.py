@@ -4,6 +4,7 @@ Nothing here knows a simulator's truth but `detection`, which compares with it.
 """
 
 import math
+import shlex
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,9 +23,15 @@ LITTLE_TO_GAIN = 0.03  # share of frames in bad stretches below which there is n
 QUALITY = {"productive": (0,), "recovering": (2,), "bad": (1, 3)}  # values of a simulator's `quality` column
 
 
-def warnings(statistics: dict[str, float | int]) -> list[str]:
-    """The guide's table of symptoms, in words; empty for a healthy weighting (mean weight 0.3 to 0.8)."""
+def warnings(statistics: dict[str, float | int], longest: int) -> list[str]:
+    """The guide's table of symptoms, in words; empty for a healthy weighting (mean weight 0.3 to 0.8). longest: frames of the
+    longest episode that is learned from."""
     found = []
+    if statistics["delta_frames"] >= longest:
+        found.append(
+            f"Δ is {statistics['delta_frames']} frames and no training episode has more than {longest}: every frame of an episode "
+            "gets the same weight, by its whole gain; lower rabc.delta_frames"
+        )
     if statistics["kappa"] < 0:
         found.append("κ below 0: frames that lose progress count in full; set rabc.kappa to 0 or more")
     if statistics["delta_mean"] <= 0:
@@ -38,7 +45,9 @@ def warnings(statistics: dict[str, float | int]) -> list[str]:
     elif statistics["mean_weight"] > 0.8:
         found.append("mean weight above 0.8: RA-BC changes little; raise rabc.kappa towards delta mean + delta std")
     elif statistics["mean_weight"] < 0.3:
-        found.append("mean weight below 0.3: few frames are left to learn from; lower rabc.kappa")
+        found.append(
+            "mean weight below 0.3: few frames are left to learn from; lower rabc.kappa, or another Δ where none helps"
+        )
     return found
 
 
@@ -47,9 +56,11 @@ def kappa_table(weights: RabcWeights, train: list[int], chosen: float | str, fps
     0 and 1, and the mean weight in and outside of bad stretches: the more they differ, the more is filtered."""
     rows = np.concatenate(_episodes(weights, train))
     bad = np.concatenate([_in_stretches(weights, mine, fps) for mine in _episodes(weights, train)])
-    delta, statistics = weights.delta[rows], (weights.delta_mean, weights.delta_std)
-    rules = dict.fromkeys(("mean", "mean+std", "mean+2std", "mean_weight=0.5", "quantile=0.6", chosen))
-    rules = {str(rule): rabc.kappa_of(rule, delta, *statistics, weights.epsilon) for rule in rules}
+    known = np.isfinite(weights.delta[rows])  # LeRobot's file may say nothing of a frame
+    delta, bad, statistics = weights.delta[rows][known], bad[known], (weights.delta_mean, weights.delta_std)
+    names, judged = ("mean", "mean+std", "mean+2std", "mean_weight=0.5", "quantile=0.6"), weights.judged(train)
+    rules = {rule: rabc.kappa_of(rule, judged, *statistics, weights.epsilon) for rule in names}
+    rules[str(chosen)] = weights.kappa
     less, table = {"0": 0.0, "mean / 4": weights.delta_mean / 4, "mean / 2": weights.delta_mean / 2}, {}
     for rule, kappa in ((less if weights.delta_mean > 0 else {}) | rules).items():
         weight = rabc.weights(delta, *statistics, kappa, weights.epsilon)
@@ -207,7 +218,8 @@ def worth_leaving_out(ranking: pd.DataFrame, share: float = 0.1) -> list[int]:
 def delete_command(dataset: Dataset, episodes: list[int], folder: str | None = None) -> str:
     """LeRobot's command that writes the dataset without these episodes. folder: of a local dataset, beside which the copy
     goes; without it, into LeRobot's cache."""
-    repo_id, root = dataset.lerobot_metadata.repo_id, f"--root={folder} --new_root={folder}_filtered " if folder else ""
+    repo_id, quoted = dataset.lerobot_metadata.repo_id, shlex.quote
+    root = f"--root={quoted(folder)} --new_root={quoted(f'{folder}_filtered')} " if folder else ""
     return (
         f"lerobot-edit-dataset --repo_id={repo_id} {root}--new_repo_id={repo_id}_filtered --operation.type=delete_episodes "
         f"--operation.episode_indices='{sorted(episodes)}'"
@@ -222,6 +234,9 @@ def extremes(
     lightest, heaviest = [], []
     for rows in _episodes(weights, episodes):
         whole = rows[: max(1, len(rows) - weights.delta_frames)]  # the frames behind share the last full window
+        whole = whole[np.isfinite(weights.delta[whole])]  # LeRobot's file may say nothing of a frame
+        if not len(whole):
+            continue
         for kept, row in (
             (lightest, whole[weights.delta[whole].argmin()]),
             (heaviest, whole[weights.delta[whole].argmax()]),
@@ -237,7 +252,10 @@ def extremes(
                     "why": f"progress {phi[row]:.2f} to {phi[later]:.2f}",
                 }
             )
-    light, heavy = (pd.DataFrame(kept).sort_values("delta", ignore_index=True) for kept in (lightest, heaviest))
+    columns = ["episode", "frame", "later", "delta", "weight", "why"]
+    light, heavy = (
+        pd.DataFrame(kept, columns=columns).sort_values("delta", ignore_index=True) for kept in (lightest, heaviest)
+    )
     return light.head(count), heavy.iloc[::-1].head(count).reset_index(drop=True)
 
 

@@ -74,7 +74,10 @@ def environment(
     try:
         if ":" in name:
             module, attribute = name.split(":", 1)
-            return functools.partial(getattr(_imported(module), attribute), **options)
+            found = getattr(_imported(module), attribute)
+            if not callable(found):
+                raise ValueError(f"evaluate.environment: {name!r} is {found!r}, which makes no environment")
+            return functools.partial(found, **options)
         if "/" in name:
             _imported(name.split("/", 1)[0])
         gymnasium.spec(name)

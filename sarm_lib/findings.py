@@ -202,9 +202,12 @@ def by_hand(ours: np.ndarray, theirs: np.ndarray, what: str) -> str:
     """Of values (n,) by the equation, written out, and by the library: whether they are the same."""
     if not len(ours):
         return f"no {what} to compute"
-    off = float(np.abs(ours - theirs).max())
+    known = np.isfinite(ours)  # LeRobot's file may say nothing of a frame
+    if not known.any():
+        return f"no {what} to compute"
+    off = float(np.abs(ours - theirs)[known].max())
     same = "the same" if off < 1e-5 else f"up to {off:.2g} apart"
-    return f"{len(ours)} {what} by the equation and by the library: {same}"
+    return f"{int(known.sum())} {what} by the equation and by the library: {same}"
 
 
 def change(first: np.ndarray, last: np.ndarray, threshold: int = 40) -> str:

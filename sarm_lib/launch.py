@@ -67,14 +67,19 @@ def train_policies(params) -> Path:
     from sarm_lib import policy  # LeRobot's policies take a while to load, and no other stage needs them
 
     demos, device = dataset.from_params(params), dataset.pick_device(params.base.device)
-    frames = policy.frames_for(params.policy, demos, ("train",), own_device(device))
     weighted = rabc.weights_of_rows(params.paths.read("rabc_weights.parquet", "05_compute_rabc"), params, demos)
     arms = (policy.Arm("bc"), policy.Arm("rabc", *weighted))
     folders = {arm.name: params.paths.write(f"policy/{arm.name}") for arm in arms}
     todo = [arm for arm in arms if not policy.is_trained(arm, params, demos, folders[arm.name])]
-    if todo and share(device).is_main_process:
-        log.info("each process, for each of %d policies: %s", len(todo), policy.estimate(params, demos, frames, device))
-    for arm in arms:
+    if todo:
+        held = policy.cached_bytes(params.policy, demos, ("train",), own_device(device))
+        log.info("%.2f GB of frames are held in the memory of each process", held / 1e9)
+        frames = policy.frames_for(params.policy, demos, ("train",), own_device(device))
+        if share(device).is_main_process:
+            log.info(
+                "each process, for each of %d policies: %s", len(todo), policy.estimate(params, demos, frames, device)
+            )
+    for arm in todo:
         policy.train_arm(arm, params, demos, frames, device, folders[arm.name])
     return folders["rabc"]
 

@@ -147,14 +147,17 @@ def make_config(settings, device: str) -> PreTrainedConfig:
             f"policy.type: {settings.type} predicts no chunk of actions under a name known here (chunk_size, horizon); its fields "
             f"are {', '.join(sorted(fields))}"
         )
-    return make_policy_config(
-        settings.type,
-        device=device,
-        **asked,
-        push_to_hub=False,
-        pretrained_path=Path(settings.pretrained_path) if settings.pretrained_path else None,
-        **settings.config,
-    )
+    try:
+        return make_policy_config(
+            settings.type,
+            device=device,
+            **asked,
+            push_to_hub=False,
+            pretrained_path=Path(settings.pretrained_path) if settings.pretrained_path else None,
+            **settings.config,
+        )
+    except (ValueError, NotImplementedError) as error:  # the policy's own checks of its fields
+        raise ValueError(f"policy.config: {settings.type} refuses {settings.config | asked}: {error}") from error
 
 
 def adapted(policy: PreTrainedPolicy, settings) -> PreTrainedPolicy | PeftModel:
@@ -530,7 +533,9 @@ def train_arm(
         steps.update()
         running.append({"loss": accelerator.reduce(step_loss, "mean").item(), **batch_statistics(arm, rows.ravel())})
         if step % settings.log_every == 0 or step == settings.steps:
-            curve.append({"step": step} | {key: float(np.mean([r[key] for r in running])) for key in running[0]})
+            said = dict.fromkeys(key for row in running for key in row)  # not every batch has every figure
+            means = {key: float(np.mean([row[key] for row in running if key in row])) for key in said}
+            curve.append({"step": step} | means)
             running = []
             steps.set_postfix(loss=f"{curve[-1]['loss']:.4f}", refresh=False)
         if step % settings.save_every == 0 and step < settings.steps and accelerator.is_main_process:
@@ -564,6 +569,7 @@ def estimate(params, dataset: Dataset, frames: CachedFrames | StreamedFrames, de
     """Memory and time of training one arm, by steps that are thrown away. Of several processes, each takes this much; frames
     that are held in memory (`cached_bytes`) come on top."""
     settings = params.policy
+    before = torch.cuda.memory_allocated() if device == "cuda" else 0  # such as frames, which are no part of this
     policy, preprocessor, _ = make(settings, dataset, device)
     adapted(policy, settings)
     trainable = [p for p in policy.parameters() if p.requires_grad]
@@ -579,6 +585,8 @@ def estimate(params, dataset: Dataset, frames: CachedFrames | StreamedFrames, de
         saved.add(kept := _Saved(tensor))
         return kept
 
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     accelerator, seconds, start = make_accelerator(settings, device), [], time.perf_counter()
     for step, batch in enumerate(batches):
         noise = _noise(policy, settings, 0, step, 0, 1, accelerator.device)
@@ -589,6 +597,9 @@ def estimate(params, dataset: Dataset, frames: CachedFrames | StreamedFrames, de
             storages = {s.data_ptr(): s.nbytes() for s in (kept.tensor.untyped_storage() for kept in saved)}
             activations = sum(size for address, size in storages.items() if address not in held)
         value.backward()
+        learning = [
+            p for p in trainable if p.grad is not None
+        ]  # no loss sees the others, and AdamW keeps nothing of them
         optimizer.step()
         optimizer.zero_grad()
         if device == "cuda":
@@ -596,11 +607,14 @@ def estimate(params, dataset: Dataset, frames: CachedFrames | StreamedFrames, de
         seconds.append(time.perf_counter() - start)
         start = time.perf_counter()
     bytes_of = lambda parameters: sum(p.numel() * p.element_size() for p in parameters)  # noqa: E731
-    copies = 2 + (settings.ema_decay > 0)  # AdamW's moments, the average
-    # The backward pass gives up activations as it comes by gradients; those of an earlier part of a step stay.
-    gradients = bytes_of(trainable)
-    passing = activations + gradients if settings.accumulate > 1 else max(activations, gradients)
-    memory = bytes_of(policy.parameters()) + copies * bytes_of(trainable) + passing
+    weights, gradients, moments = bytes_of(policy.parameters()), bytes_of(learning), 2 * bytes_of(learning)
+    # The backward pass gives up activations as it comes by gradients; those of an earlier part of a step stay, and so do the
+    # buckets by which processes share them.
+    stays = settings.accumulate > 1 or accelerator.num_processes > 1
+    memory = weights + moments + (activations + gradients if stays else max(activations, gradients))
+    if device == "cuda":  # the optimizer's step may take more, and that is seen
+        memory = max(memory, torch.cuda.max_memory_allocated() - before)
+    memory += bytes_of(trainable) * (settings.ema_decay > 0)  # the average
     count = sum(p.numel() for p in trainable)
     return Estimate(count, memory, settings.accumulate * min(seconds[1:]), settings.steps)
 
@@ -610,7 +624,8 @@ def make_accelerator(settings, device: str) -> Accelerator:
     bf16 = settings.precision == "bf16" or (
         settings.precision == "auto" and device == "cuda" and torch.cuda.is_bf16_supported()
     )
-    unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # π0 brings language heads that no loss sees
+    # π0 brings language heads that no loss sees. With the view, gradients are not held twice.
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True, gradient_as_bucket_view=True)
     return Accelerator(cpu=device == "cpu", mixed_precision="bf16" if bf16 else "no", kwargs_handlers=[unused])
 
 

@@ -269,6 +269,17 @@ def take_progress(path: Path, params, dataset: Dataset) -> str:
     return f"took the progress of {len(ours):,} frames from {named}"
 
 
+def without_gaps(phi: np.ndarray, episode_index: np.ndarray) -> np.ndarray:
+    """φ (N,) for pictures: frames that a file of LeRobot's says nothing of lie on the line between their neighbours in the
+    episode; 0 where it says nothing of the whole episode."""
+    filled = phi.copy()
+    for episode in np.unique(episode_index[~np.isfinite(phi)]):
+        rows = np.flatnonzero(episode_index == episode)
+        known = np.isfinite(phi[rows])
+        filled[rows] = np.interp(rows, rows[known], phi[rows[known]]) if known.any() else 0.0
+    return filled
+
+
 def write_progress(path: Path, dataset: Dataset, progress_of: dict[str, np.ndarray], provenance: dict) -> None:
     """Write `sarm_progress.parquet`. provenance: `reward_model_path` and whatever else made the values.
 

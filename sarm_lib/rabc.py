@@ -46,11 +46,15 @@ class RabcWeights:
         columns = ("index", "episode_index", "frame_index", "delta", "weight")
         return replace(self, **{name: getattr(self, name)[rows] for name in columns})
 
+    def judged(self, episodes: list[int]) -> np.ndarray:
+        """r of the frames of `episodes` that μ, σ and a rule for κ look at (`telling`)."""
+        delta = self.delta[telling(self.episode_index, np.isin(self.episode_index, episodes), self.delta_frames)]
+        return delta[np.isfinite(delta)]  # LeRobot's file may say nothing of a frame
+
     def statistics(self, episodes: list[int]) -> dict[str, float | int]:
         """The guide's diagnostics over the frames of `episodes`."""
-        mine = np.isin(self.episode_index, episodes)
-        weight, delta = self.weight[mine], self.delta[mine]
-        delta = delta[np.isfinite(delta)]  # LeRobot's file may say nothing of a frame
+        mine, delta = np.isin(self.episode_index, episodes), self.judged(episodes)
+        weight = self.weight[mine]
         return {
             "delta_frames": self.delta_frames,
             "kappa": round(self.kappa, 6),
@@ -311,7 +315,10 @@ def weights_of_rows(path: Path, params, dataset: Dataset) -> tuple[np.ndarray, n
     Raises ValueError for the weights of another dataset, of other training episodes or of other settings, another reward
     model's path among them, and where a frame has none.
     """
-    made, wanted = read_provenance(path) or {}, provenance(params, dataset)
+    try:
+        made, wanted = read_provenance(path) or {}, provenance(params, dataset)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{path.name} cannot be read ({error}): run 05_compute_rabc again") from error
     differing = [
         f"{key} is {made.get(key)}, not {wanted.get(key)}"
         for key in sorted((wanted | made).keys() - {"checkpoint"})
@@ -322,11 +329,17 @@ def weights_of_rows(path: Path, params, dataset: Dataset) -> tuple[np.ndarray, n
             f"{path.name} was made from something else ({'; '.join(differing)}): run 05_compute_rabc again"
         )
     table = pq.read_table(path, columns=["index", "weight", "delta"])
-    index = table["index"].to_numpy()
+    index, weight = table["index"].to_numpy(), table["weight"].to_numpy()
+    wrong = ~((weight >= 0) & (weight <= 1))
+    if wrong.any():
+        raise ValueError(
+            f"{path.name}: {int(wrong.sum())} weights are not between 0 and 1, the first that of the frame with index "
+            f"{index[wrong][0]}: run 05_compute_rabc again"
+        )
     asked = dataset.frames["index"].to_numpy()
     position = np.searchsorted(index, asked)
-    if not np.array_equal(index[np.minimum(position, len(index) - 1)], asked):
+    if not len(index) or not np.array_equal(index[np.minimum(position, len(index) - 1)], asked):
         raise ValueError(
             f"{path.name} has no weight for some frames of {dataset.root.name}: run 05_compute_rabc on this dataset"
         )
-    return table["weight"].to_numpy()[position], table["delta"].to_numpy()[position]
+    return weight[position], table["delta"].to_numpy()[position]

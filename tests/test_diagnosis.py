@@ -44,12 +44,22 @@ STALLED = np.concatenate(
     ],
 )
 def test_the_guide_s_table_of_symptoms(mean, std, weight, expected):
-    found = diagnosis.warnings({"delta_mean": mean, "delta_std": std, "mean_weight": weight, "kappa": 0.1})
+    found = diagnosis.warnings(
+        {"delta_mean": mean, "delta_std": std, "mean_weight": weight, "kappa": 0.1, "delta_frames": 5}, 20
+    )
     assert (not found) if expected is None else any(expected in text for text in found)
 
 
+def test_a_delta_that_no_episode_lasts_is_a_symptom():
+    healthy = {"delta_mean": 0.1, "delta_std": 0.1, "mean_weight": 0.5, "kappa": 0.1, "delta_frames": 20}
+    assert diagnosis.warnings(healthy, 21) == []
+    assert "Δ is 20 frames and no training episode has more than 20" in diagnosis.warnings(healthy, 20)[0]
+
+
 def test_a_kappa_below_0_is_a_symptom():
-    found = diagnosis.warnings({"delta_mean": 0.1, "delta_std": 0.1, "mean_weight": 0.5, "kappa": -0.01})
+    found = diagnosis.warnings(
+        {"delta_mean": 0.1, "delta_std": 0.1, "mean_weight": 0.5, "kappa": -0.01, "delta_frames": 5}, 20
+    )
     assert found == ["κ below 0: frames that lose progress count in full; set rabc.kappa to 0 or more"]
 
 

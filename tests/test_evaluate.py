@@ -142,6 +142,8 @@ def test_one_camera_without_a_name_is_lerobot_s_image():
 
 def test_environments_are_found_by_path_and_by_id():
     assert isinstance(evaluate.environment("tests.test_evaluate:Line", {"cameras": False})(), Line)
+    with pytest.raises(ValueError, match=r"evaluate\.environment: 'os:sep' is '/', which makes no environment"):
+        evaluate.environment("os:sep")
     assert isinstance(evaluate.environment("CartPole-v1")(), gymnasium.Env)
     for name in ("tests.test_evaluate:Nothing", "no_such_package:Env", "NoSuchEnv-v0", "no_package/Env-v0"):
         with pytest.raises(ValueError, match=r"evaluate.environment: .* cannot be found"):

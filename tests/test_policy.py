@@ -547,15 +547,21 @@ def test_an_estimate_counts_what_is_trained(in_project, changes):
         asked = config.model_copy(update={"policy": config.policy.model_copy(update={**changes, **other})})
         return policy.estimate(asked, dataset, frames, "cpu").memory
 
-    assert params.policy.ema_decay, "the average of the weights is a fifth copy"
+    assert params.policy.ema_decay, "the average of the weights is a copy more"
     assert found.memory - memory(ema_decay=0.0) == 4 * found.parameters
-    activations = memory(accumulate=2) - 20 * found.parameters  # with the gradients of the part before
+    made, preprocess, _ = policy.make(params.policy, dataset, "cpu")
+    loss = losses.WeightedLoss(made, 1e-6, params.policy.noise_draws)
+    loss(preprocess(frames.batch(some_rows(dataset)))).backward()
+    gradients = 4 * sum(p.numel() for p in made.parameters() if p.grad is not None)  # language heads have none
+    kept = 8 * found.parameters + 2 * gradients  # weights and their average, AdamW's moments
+    assert 0.25 * found.parameters < gradients / 4 <= found.parameters
+    activations = memory(accumulate=2) - kept - gradients  # with the gradients of the part before
     size = params.policy.batch_size
-    more = memory(accumulate=2, batch_size=2 * size) - 20 * found.parameters - activations
+    more = memory(accumulate=2, batch_size=2 * size) - kept - gradients - activations
     assert more == pytest.approx(activations, rel=0.15), "activations grow with the batch"
     for batch_size, held in ((size, activations), (2 * size, activations + more)):
-        passing = held + 4 * found.parameters if params.policy.accumulate > 1 else max(held, 4 * found.parameters)
-        assert memory(batch_size=batch_size) == 16 * found.parameters + passing
+        passing = held + gradients if params.policy.accumulate > 1 else max(held, gradients)
+        assert memory(batch_size=batch_size) == kept + passing
     held = policy.cached_bytes(params.policy, dataset, ("train",), "cpu")
     assert held == sum(images.nbytes for images in frames.images.values())
 
@@ -642,3 +648,18 @@ def test_what_a_step_weighs_knows_of_frames_without_progress():
     found = policy.batch_statistics(arm, np.array([0, 1, 2]))
     assert found["rabc_delta_mean"] == pytest.approx(0.1) and found["rabc_delta_std"] == pytest.approx(0.2)
     assert "rabc_delta_mean" not in policy.batch_statistics(arm, np.array([0]))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_training_goes_on_through_batches_of_frames_without_progress(in_project, frames, tmp_path, monkeypatch, first):
+    config, dataset = in_project
+    monkeypatch.setattr(type(config.paths), "write", lambda _, name: tmp_path / name)
+    params = config.model_copy(update={"policy": config.policy.model_copy(update={"steps": 4, "log_every": 2})})
+    without, other = (episode.row for episode in dataset.split("train")[:2])
+    rows = lambda _, step, samples: np.full(samples, without if (step % 2 == 0) == first else other)  # noqa: E731
+    monkeypatch.setattr(policy.Draws, "at", rows)
+    delta = np.full(dataset.num_frames, 0.25, np.float32)
+    delta[without] = np.nan
+    arm = policy.Arm("rabc", np.ones(dataset.num_frames, np.float32), delta)
+    curve = policy.train_arm(arm, params, dataset, frames, "cpu", tmp_path / "rabc")
+    assert [row["rabc_delta_mean"] for row in curve] == [0.25, 0.25] and np.isfinite(curve[-1]["loss"])

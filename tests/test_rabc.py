@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sarm_lib import charts, rabc
+from tests.conftest import run_notebook
 
 
 def progress_file(path, lengths=(40, 7, 25), seed=0, nan_at=None):
@@ -188,6 +189,44 @@ def test_every_row_gets_its_own_frame_s_weight(in_project, tmp_path):
     pq.write_table(pq.read_table(path).slice(0, len(table) - 3), copy)  # with its metadata
     with pytest.raises(ValueError, match="no weight for some frames"):
         rabc.weights_of_rows(copy, config, dataset)
+
+
+@pytest.mark.parametrize("wrong", [np.nan, -3.0, 1.5])
+def test_weights_that_are_none_weight_nothing(in_project, tmp_path, wrong):
+    config, dataset = in_project
+    table = pq.read_table(config.paths.read("rabc_weights.parquet", "05"))
+    weight = table["weight"].to_numpy().copy()
+    weight[5] = wrong
+    column = table.schema.get_field_index("weight")
+    path = tmp_path / "w.parquet"
+    pq.write_table(table.set_column(column, "weight", [weight]), path)
+    with pytest.raises(
+        ValueError, match=r"w\.parquet: 1 weights are not between 0 and 1, the first .* index 5: run 05"
+    ):
+        rabc.weights_of_rows(path, config, dataset)
+    pq.write_table(table.slice(0, 0), path)
+    with pytest.raises(ValueError, match="no weight for some frames"):
+        rabc.weights_of_rows(path, config, dataset)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"w\.parquet cannot be read"):
+        rabc.weights_of_rows(path, config, dataset)
+
+
+def test_a_file_of_lerobot_s_that_lacks_progress_goes_through_the_whole_chapter(in_project, tmp_path):
+    """LeRobot weighs such frames 1; their pictures have a line between their neighbours."""
+    config, _ = in_project
+    theirs = pd.read_parquet(config.paths.read("sarm_progress.parquet", "05"))
+    theirs.loc[::7, [name for name in theirs if name.startswith("progress")]] = np.nan
+    theirs.to_parquet(tmp_path / "theirs.parquet")
+    overrides = {"rabc.progress_path": str(tmp_path / "theirs.parquet"), "rabc.lerobot_compat": True}
+    overrides |= {"base.outputs": str(tmp_path / "outputs")}
+    for rule in ("quantile=0.6", 0.01):
+        page = run_notebook(config.paths.root, "05_compute_rabc", overrides | {"rabc.kappa": rule})
+        in_use = page["table"].loc[f"{rule} (rabc.kappa)"]
+        assert in_use["κ"] == pytest.approx(page["weights"].kappa)
+        assert page["table"].notna().all(axis=None) and page["lightest"].delta.notna().all()
+    made = pd.read_parquet(tmp_path / "outputs/rabc_weights.parquet")
+    assert (made.weight[made.delta.isna()] == 1).all() and made.delta.isna().any()
 
 
 def test_weights_of_another_dataset_or_of_other_settings_weight_nothing(in_project, tmp_path):
