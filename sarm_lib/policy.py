@@ -522,10 +522,8 @@ def train_arm(
                 accelerator.backward(loss / settings.accumulate)
             step_loss += loss.detach() / settings.accumulate
         accelerator.clip_grad_norm_(trainable, policy.config.get_optimizer_preset().grad_clip_norm)
-        if (
-            weight is not None and not weight.any()
-        ):  # nothing to learn: AdamW lets alone what has no gradient, not one of 0
-            optimizer.zero_grad()
+        if weight is not None and not weight.any():
+            optimizer.zero_grad()  # nothing to learn: AdamW would move what has a gradient of 0, and lets alone what has none
         optimizer.step()
         scheduler.step()
         average.update()
@@ -597,9 +595,7 @@ def estimate(params, dataset: Dataset, frames: CachedFrames | StreamedFrames, de
             storages = {s.data_ptr(): s.nbytes() for s in (kept.tensor.untyped_storage() for kept in saved)}
             activations = sum(size for address, size in storages.items() if address not in held)
         value.backward()
-        learning = [
-            p for p in trainable if p.grad is not None
-        ]  # no loss sees the others, and AdamW keeps nothing of them
+        learning = [p for p in trainable if p.grad is not None]  # of the others AdamW keeps nothing
         optimizer.step()
         optimizer.zero_grad()
         if device == "cuda":
