@@ -308,6 +308,11 @@ def experiment(table: pd.DataFrame | None) -> str:
         said.append(f"{which}, shuffled among the frames: {shuffled['success rate']:.0%}{matters}")
     if "oracle" in table.index:
         said.append(f"Weights from the simulator's own labels: {table.loc['oracle', 'success rate']:.0%}")
+    named = {"success_filter": "all of these", "duration_filter": "the faster half of these"}
+    if filters := {arm: table.loc[arm, "success rate"] for arm in named if arm in table.index}:
+        rates = ", ".join(f"{named[arm]} {rate:.0%}" for arm, rate in filters.items())
+        enough = ": a plain filter does as well here" if max(filters.values()) >= ours["success rate"] else ""
+        said.append(f"Without weights, for who knows which episodes succeeded: {rates}{enough}")
     if apart := [f"`{arm}`" for arm in table.index if arm != "bc" and pd.isna(table.loc[arm, "over bc"])]:
         said.append(f"Trained by other code than plain BC, and so not compared with it: {', '.join(apart)}")
     if (table.seeds == 1).any():

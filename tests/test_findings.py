@@ -98,6 +98,13 @@ def test_the_experiment_says_whether_it_helped():
     same = table.assign(weights=["", "ab12", "", "ab12"], seeds=[5, 5, 1, 5])
     assert "The same weights, shuffled" in findings.experiment(same)
     assert findings.experiment(same).endswith("whose luck no interval knows: `oracle`")
+    assert "Without weights" not in said
+    for rate, enough in ((0.4, False), (0.53, True)):
+        filtered = table.copy()
+        filtered.loc["duration_filter"] = [rate, rate - 0.24, 0.1, 0.5, 5, ""]
+        said = findings.experiment(filtered)
+        assert f"succeeded: the faster half of these {rate:.0%}" in said
+        assert ("a plain filter does as well here" in said) == enough
     assert "that is not settled" in findings.experiment(table.assign(low=-0.1))
     assert "it harmed" in findings.experiment(table.assign(low=-0.2, high=-0.1))
     assert "was not run" in findings.experiment(None) and "was not run" in findings.experiment(table.loc[["bc"]])
