@@ -48,7 +48,7 @@ class AssemblyEnv(gymnasium.Env):
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": FPS}  # noqa: RUF012  (Gymnasium's own form)
     render_mode = "rgb_array"
-    task_description = TASK
+    task = task_description = TASK  # LeRobot asks for both
     observation_space = gymnasium.spaces.Dict(
         {
             "pixels": gymnasium.spaces.Dict(
