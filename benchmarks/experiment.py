@@ -25,8 +25,8 @@ Runs of other code, weights or parameters are never mixed within an arm, and arm
 to what is stored, run at the commit that it names (`git worktree add ../experiment <commit>`).
 
 oracle, success_filter, duration_filter and clean_only know the simulator's truth: they are references, and nothing reads
-what they leave. The second policy is LeRobot's π0.5 with towers as small as π0's (`small_pi05`), for the same budget. Starts of
-`--kind tune` choose the budget and are never reported; those of `test` choose nothing.
+what they leave. The second policy is LeRobot's π0.5 with towers as small as π0's (`small_pi05`), with a budget of its own. Starts
+of `--kind tune` choose the budgets and are never reported; those of `test` choose nothing.
 """
 
 import argparse
@@ -56,7 +56,11 @@ POLICY = {  # beside params.yaml's: the same for every arm
     "policy.log_every": 50,
 }
 TOWERS = {"depth": 3, "vision_depth": 1, "expert_width": 64}  # as `policy.config` of params.yaml has them
-PI05 = {"policy.type": "pi05", "policy.config": {"image_resolution": [128, 128], "tokenizer_max_length": 48}}
+PI05 = {  # the same again for the second policy, which learns more slowly
+    "policy.type": "pi05",
+    "policy.config": {"image_resolution": [128, 128], "tokenizer_max_length": 24},
+    "policy.steps": 4000,
+}
 ENVIRONMENTS = 20  # that act together
 SINGLE_STAGE = "scratch/scorecard/single_stage"  # the reward model of one stage, that `make scorecard` trains
 
@@ -148,7 +152,7 @@ def run(arm: str, seed: int, kind: str, overrides: str, device: str, work: str) 
     origin = {
         "policy": artifacts.read_json(folder / "policy" / artifacts.PROVENANCE),
         "starts": [STARTS[kind].start, STARTS[kind].stop],
-        "code": code(),
+        "code": code(config),
     }
     if result.exists() and artifacts.read_json(result)["made_from"] == origin:
         return artifacts.read_json(result)
@@ -172,12 +176,13 @@ def run(arm: str, seed: int, kind: str, overrides: str, device: str, work: str) 
     return found
 
 
-def code() -> str:
-    """Names what trains, weights and acts: the library's, the demo's simulator and the arms."""
+def code(config) -> str:
+    """Names what trains, weights and acts: the library's, the demo's simulator, the arms and, where it acts, the second policy."""
     from sarm_lib import artifacts
 
     ours = [artifacts.code_digest("policy"), artifacts.code_digest("evaluate")]
     demo = [artifacts.file_digest(Path("demo") / f"{name}.py") for name in ("environment", "simulator")]
+    demo += [artifacts.file_digest(Path("benchmarks/small_pi05.py"))] if config.policy.type == "pi05" else []
     return artifacts.digest(*ours, *demo, inspect.getsource(arm_weights), inspect.getsource(single_stage_weights))
 
 
@@ -203,7 +208,7 @@ def made_from(arm: str, config) -> dict:
     return {
         "weights": source,
         "parameters": artifacts.digest(config.policy.model_dump(), config.rabc.model_dump()),
-        "code": code(),
+        "code": code(config),
         "commit": commit(),
     }
 
@@ -310,7 +315,9 @@ def stored(
     other += [f"{key} in {arm}" for arm, key in differing]
     if other:
         commits = sorted({str(stays[arm].get("commit")) for arm, _ in differing} - {"None"})
-        where = f", or go on at commit {', '.join(commits)} (git worktree add ../experiment <commit>)" if commits else ""
+        where = (
+            f", or go on at commit {', '.join(commits)} (git worktree add ../experiment <commit>)" if commits else ""
+        )
         raise SystemExit(
             f"{results.name} has runs with other {', '.join(sorted(other))}: --anew runs these arms again{where}; or move the file away"
         )
@@ -353,7 +360,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="*", type=int, default=list(range(5)))
     parser.add_argument("--policy", choices=("small_pi0", "pi05"), default="small_pi0")
     parser.add_argument("--kind", choices=STARTS, default="test")
-    parser.add_argument("--steps", type=int, default=POLICY["policy.steps"])
+    parser.add_argument("--steps", type=int, help="the training budget, if not the policy's")
     parser.add_argument("--set", nargs="*", default=[], help="other parameters, as policy.batch_size=64")
     parser.add_argument("--device", help="base.device of params.yaml if not said")
     parser.add_argument("--jobs", type=int, help="runs at a time: on a CPU a core each, on a GPU one, if not said")
@@ -378,7 +385,8 @@ def main() -> None:
     if arguments.policy != "small_pi0":
         results, work = results.with_stem(f"{results.stem}_{arguments.policy}"), work / arguments.policy
         given = {**PI05, **given}
-    settings = {**POLICY, "policy.steps": arguments.steps, **given, "base.outputs": "outputs"}
+    given |= {"policy.steps": arguments.steps} if arguments.steps else {}
+    settings = {**POLICY, **given, "base.outputs": "outputs"}
     overrides = json.dumps(settings, sort_keys=True)
     jobs = [(arm, seed) for seed in arguments.seeds for arm in arguments.arms]
     config = params.load("params.yaml", settings)

@@ -307,11 +307,15 @@ class Paths:
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
+    def find(self, name: str) -> Path | None:
+        """Where the artifact `name` lies, if it does."""
+        folders = filter(None, (self._scratch, self._outputs))
+        return next((folder / name for folder in folders if (folder / name).exists()), None)
+
     def read(self, name: str, made_by: str) -> Path:
         """Where the artifact `name` lies. Raises FileNotFoundError that names the notebook that makes it."""
-        for folder in filter(None, (self._scratch, self._outputs)):
-            if (folder / name).exists():
-                return folder / name
+        if found := self.find(name):
+            return found
         raise FileNotFoundError(f"{self._outputs / name} is not there yet: run the notebook {made_by} first.")
 
     def resolve(self, path: str) -> Path:

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sarm_lib.artifacts import PARQUET_KEY, digest, read_provenance, staged
+from sarm_lib.checkpoint import WEIGHTS, checkpoint_digest
 from sarm_lib.dataset import Dataset, fingerprint
 
 Head = Literal["sparse", "dense"]
@@ -313,7 +314,7 @@ def weights_of_rows(path: Path, params, dataset: Dataset) -> tuple[np.ndarray, n
     """The weight and the r of every row of `dataset`, (N,) float32 each.
 
     Raises ValueError for the weights of another dataset, of other training episodes or of other settings, another reward
-    model's path among them, and where a frame has none.
+    model's path among them, and where a frame has none; and where stage 03 has trained another model since.
     """
     try:
         made, wanted = read_provenance(path) or {}, provenance(params, dataset)
@@ -327,6 +328,12 @@ def weights_of_rows(path: Path, params, dataset: Dataset) -> tuple[np.ndarray, n
     if differing:
         raise ValueError(
             f"{path.name} was made from something else ({'; '.join(differing)}): run 05_compute_rabc again"
+        )
+    ours = params.rabc.reward_model_path is None and params.rabc.progress_path is None
+    trained = params.paths.find(f"sarm/{WEIGHTS}")
+    if ours and trained and checkpoint_digest(trained.parent) != made.get("checkpoint"):
+        raise ValueError(
+            f"{path.name} is of another reward model than {trained.parent} holds: run 05_compute_rabc again"
         )
     table = pq.read_table(path, columns=["index", "weight", "delta"])
     index, weight = table["index"].to_numpy(), table["weight"].to_numpy()

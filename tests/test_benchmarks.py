@@ -5,7 +5,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from benchmarks import compile as compiling
-from benchmarks import speed
+from benchmarks import small_pi05, speed
 from sarm_lib.model import Sarm, SarmSpec
 from sarm_lib.windows import WindowSpec
 from tests.conftest import ROOT, make_encoder
@@ -68,3 +68,23 @@ def test_a_training_step_is_measured_as_it_is_and_compiled(monkeypatch):
     assert found["max_abs_diff"] == 0 and found["as_is"] > 0
     for model in (sarm.stage_model, sarm.subtask_model):
         assert all(p.grad.abs().max() > 0 for p in model.heads.parameters())
+
+
+def test_the_second_policy_reads_a_number_as_one_token_and_near_numbers_alike():
+    tokenizer = small_pi05.make_tokenizer(["put the nut on the peg"])
+    prompts = [
+        small_pi05.TEMPLATE.format("put the nut on the peg").replace("State: 0", f"State: {n}") for n in range(-1, 256)
+    ]
+    tokens = tokenizer(prompts)["input_ids"]
+    assert len({len(row) for row in tokens}) == 1 and len({tuple(row) for row in tokens}) == len(prompts)
+    assert tokenizer.unk_token_id not in tokens[7]
+    assert tokenizer.unk_token_id in tokenizer("fold the towel")["input_ids"]
+    with pytest.raises(ValueError, match="too many words: 5"):
+        small_pi05.make_tokenizer([" ".join(f"w{i}" for i in range(300))])
+
+    start = small_pi05.waves(torch.arange(256.0), 64)
+    near, far = (torch.cosine_similarity(start[:-k], start[k:]) for k in (1, 100))
+    assert near.min() > 0.9 and far.abs().max() < 0.5
+    pair = small_pi05.towers({"depth": 1, "vision_depth": 1, "expert_width": 32}, tokenizer)
+    table = pair.embed_language_tokens(torch.tensor(tokenizer.convert_tokens_to_ids(["7", "8", "107"])))
+    assert torch.cosine_similarity(table[0], table[1], dim=0) > 0.9 > torch.cosine_similarity(table[0], table[2], dim=0)

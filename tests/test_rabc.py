@@ -212,6 +212,23 @@ def test_weights_that_are_none_weight_nothing(in_project, tmp_path, wrong):
         rabc.weights_of_rows(path, config, dataset)
 
 
+def test_weights_of_the_model_before_weight_nothing(in_project):
+    """Notebook 03 ran again, and 05 did not."""
+    config, dataset = in_project
+    path = config.paths.read("rabc_weights.parquet", "05")
+    folder = config.paths.read("sarm", "03")
+    kept = (folder / "sarm_lib.json").read_text()
+    (folder / "sarm_lib.json").write_text(kept + " ")
+    try:
+        with pytest.raises(
+            ValueError, match=r"is of another reward model than .*sarm holds: run 05_compute_rabc again"
+        ):
+            rabc.weights_of_rows(path, config, dataset)
+    finally:
+        (folder / "sarm_lib.json").write_text(kept)
+    rabc.weights_of_rows(path, config, dataset)
+
+
 def test_a_file_of_lerobot_s_that_lacks_progress_goes_through_the_whole_chapter(in_project, tmp_path):
     """LeRobot weighs such frames 1; their pictures have a line between their neighbours."""
     config, _ = in_project
