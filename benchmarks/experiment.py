@@ -125,12 +125,12 @@ def end_with_parent() -> None:
 def materials(overrides: str, device: str):
     """What every run of a process shares: parameters, dataset, frames at the policy's resolution."""
     from benchmarks import small_pi05
-    from sarm_lib import dataset, params, policy
+    from sarm_lib import corrections, dataset, params, policy
 
     config = params.load("params.yaml", json.loads(overrides))
     if config.policy.type == "pi05":
         small_pi05.shrink(TOWERS)
-    demos = dataset.from_params(config)
+    demos = corrections.without_rejected(dataset.from_params(config), config)
     return config, demos, policy.frames_for(config.policy, demos, ("train",), device)
 
 
