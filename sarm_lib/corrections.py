@@ -13,8 +13,10 @@ import datetime
 import getpass
 import io
 import json
+import logging
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -31,8 +33,10 @@ from sarm_lib.annotations import (
     violations,
     vocabulary,
 )
-from sarm_lib.artifacts import staged
+from sarm_lib.artifacts import read_json, staged, write_json
 from sarm_lib.dataset import Dataset, fingerprint
+
+log = logging.getLogger(__name__)
 
 Kind = Literal["marks", "corrections"]
 Verdict = Literal["accept", "fix", "reject"]
@@ -164,7 +168,9 @@ def _alike(segments: Segments | None, others: Segments, frames: int) -> bool:
 
 def _text(value: Any) -> Any:
     """YAML makes a date of 2026-11-22, a number of a fingerprint without letters, and nothing of an empty value."""
-    return "" if value is None else str(value) if isinstance(value, datetime.date | int | float) else value
+    value = "" if value is None else str(value) if isinstance(value, datetime.date | int | float) else value
+    # Half an emoji cannot be written into an annotation that is read again.
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
 
 
 def _row(value: Any) -> Any:
@@ -268,11 +274,23 @@ def read_corrections(path: Path, dataset: Dataset) -> list[Correction]:
 
 
 def read_marks(path: Path, dataset: Dataset, vocabulary: dict[str, list[str]]) -> list[Annotation]:
-    """The marked episodes of `path` as valid annotations, or none where there is no file. Raises AnnotationError."""
+    """The marked episodes of `path` as valid annotations, or none where there is no file. Raises AnnotationError.
+
+    Marks that lack a head are `unfinished`: left out, and the log says so.
+    """
     found, entries = [], _entries(path, "marks", dataset)
     lengths = {episode: int(length) for episode, length in enumerate(dataset.table.length)}
     _refuse_other_names(path, entries, vocabulary)
+    lacking = unfinished(path, dataset, vocabulary)
+    if lacking:
+        log.warning(
+            "%s: nothing is marked for some heads of episodes %s, which are left out until it is: open them in notebook 01",
+            path.name,
+            ", ".join(map(str, lacking)),
+        )
     for entry in entries:
+        if entry.episode in lacking:
+            continue
         if entry.episode not in lengths:
             raise AnnotationError(f"{path.name}, episode {entry.episode}: the dataset has {len(lengths)} episodes")
         heads = {head: entry.segments.get(head) for head in HEADS} | _whole(vocabulary, lengths[entry.episode])
@@ -286,6 +304,14 @@ def read_marks(path: Path, dataset: Dataset, vocabulary: dict[str, list[str]]) -
     return found
 
 
+def unfinished(path: Path, dataset: Dataset, vocabulary: dict[str, list[str]]) -> dict[int, dict[str, Segments]]:
+    """What is marked of episodes of which some heads are and others are not, as after a change of `base.annotation_mode`:
+    segments by head, by episode."""
+    asked = {head for head, names in vocabulary.items() if names != [SINGLE_STAGE]}
+    entries = {entry.episode: entry.segments for entry in _entries(path, "marks", dataset)}
+    return {episode: said for episode, said in entries.items() if said.keys() & asked and asked - said.keys()}
+
+
 def contents(path: Path) -> Any:
     """What a file says, comments aside, as JSON values; None where there is no file."""
     return json.loads(json.dumps(_yaml(path), default=str)) if path.exists() else None
@@ -294,6 +320,22 @@ def contents(path: Path) -> Any:
 def episodes_in(path: Path, kind: Kind, dataset: Dataset) -> list[int]:
     """Episodes of which `path` says something."""
     return [entry.episode for entry in _entries(path, kind, dataset)]
+
+
+def write_rejected(path: Path, dataset: Dataset, reviewed: Reviewed) -> None:
+    """`rejected.json`: which episodes a person rejected, for the stages that learn from the others."""
+    write_json(path, {"dataset": fingerprint(dataset.root), "episodes": reviewed.rejected})
+
+
+def without_rejected(dataset: Dataset, params) -> Dataset:
+    """The dataset with the episodes that were rejected in notebook 02 in none of its splits, but as `rejected`: nothing is learned
+    from them. As it is where 02 has not run, or on another dataset."""
+    path = params.paths.find("rejected.json")
+    found = read_json(path) if path else {}
+    rejected = found["episodes"] if found.get("dataset") == fingerprint(dataset.root) else []
+    return replace(
+        dataset, episodes=tuple(replace(e, split="rejected") if e.index in rejected else e for e in dataset.episodes)
+    )
 
 
 def marks_from_params(params, dataset: Dataset) -> list[Annotation]:
@@ -378,12 +420,18 @@ def _whole(vocabulary: dict[str, list[str]], length: int) -> dict[str, Segments]
     return {h: (Segment(SINGLE_STAGE, 0, length - 1),) for h, names in vocabulary.items() if names == [SINGLE_STAGE]}
 
 
-def _yaml(path: Path) -> Any:
+@lru_cache(maxsize=8)  # who accepts one episode after another reads each time what was written the time before
+def _values(text: str) -> Any:
     from ruamel.yaml import YAML
+
+    return YAML(typ="safe", pure=True).load(io.StringIO(text))
+
+
+def _yaml(path: Path) -> Any:
     from ruamel.yaml.error import YAMLError
 
     try:
-        return YAML(typ="safe", pure=True).load(io.StringIO(path.read_text()))
+        return _values(path.read_text())
     except RecursionError:
         raise AnnotationError(f"{path.name} is not YAML of ours: it is nested too deeply") from None
     # ruamel makes dates and numbers of what it reads, or fails to.

@@ -264,7 +264,7 @@ def detection(weights: RabcWeights, quality: np.ndarray, groups: np.ndarray) -> 
     weights' frames.
 
     Bad is what was injected or dead, held against productive frames; recovery makes progress and stands apart.
-    auc_delta, auc_weight: ROC area of r and of w; zero_precision, zero_recall: of weight 0; weight_*: mean weights. Raises
+    auc_delta, auc_weight: ROC area of r and of w; zero_precision, zero_recall: of weight 0; zero_recovering: its share of the recovering frames; weight_*: mean weights. Raises
     ValueError for a quality that `QUALITY` does not name.
     """
     unknown = set(np.unique(quality)) - {value for values in QUALITY.values() for value in values}
@@ -278,7 +278,7 @@ def detection(weights: RabcWeights, quality: np.ndarray, groups: np.ndarray) -> 
         mine = np.ones(len(groups), dtype=bool) if group == "all" else groups == group
         label = {name: mine & np.isin(quality, values) for name, values in QUALITY.items()}
         judged = label["productive"] | label["bad"]
-        good, zero = label["productive"][judged], weights.weight[judged] == 0
+        good, zero, recovering = label["productive"][judged], weights.weight[judged] == 0, label["recovering"]
         row = {
             "frames": int(mine.sum()),
             "bad": int(label["bad"].sum()),
@@ -286,6 +286,7 @@ def detection(weights: RabcWeights, quality: np.ndarray, groups: np.ndarray) -> 
             "auc_weight": roc_auc(weights.weight[judged], good),
             "zero_precision": float((~good)[zero].mean()) if zero.any() else math.nan,
             "zero_recall": float(zero[~good].mean()) if (~good).any() else math.nan,
+            "zero_recovering": float((weights.weight[recovering] == 0).mean()) if recovering.any() else math.nan,
         }
         row |= {f"weight_{n}": float(weights.weight[m].mean()) if m.any() else math.nan for n, m in label.items()}
         rows[group] = row

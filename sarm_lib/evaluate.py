@@ -26,14 +26,14 @@ import pandas as pd
 import torch
 from lerobot.envs.utils import preprocess_observation
 from lerobot.policies.pretrained import PreTrainedPolicy
-from lerobot.utils.constants import OBS_STATE
+from lerobot.utils.constants import OBS_IMAGE, OBS_IMAGES, OBS_STATE
 from PIL import Image
 
 from sarm_lib import charts
 from sarm_lib.artifacts import read_json
-from sarm_lib.checkpoint import RewardModel
+from sarm_lib.checkpoint import RewardModel, reward_model_of
 from sarm_lib.dataset import Dataset, Episode
-from sarm_lib.encoder import Embeddings, Encoder
+from sarm_lib.encoder import Embeddings, Encoder, from_params
 from sarm_lib.live import bar
 from sarm_lib.policy import CachedFrames, StreamedFrames, load
 from sarm_lib.progress import Scores, score
@@ -153,7 +153,7 @@ def task_of(params, dataset: Dataset) -> str:
     if params.evaluate.task is None and len(tasks) > 1:
         listed = "; ".join(tasks)
         raise ValueError(f"evaluate.task: which of the dataset's tasks does the environment pose? They are: {listed}")
-    return params.evaluate.task or tasks[0]
+    return params.evaluate.task or next(iter(tasks), "")
 
 
 def close(environments: Sequence[gymnasium.Env]) -> None:
@@ -271,16 +271,62 @@ def _copy(observation: dict[str, Any]) -> dict[str, Any]:
 def _recorded(kept: list[dict[str, Any]]) -> tuple[np.ndarray | None, dict[str, np.ndarray]]:
     if not kept:
         return None, {}
-    batch = observe(kept)
-    pictures = {
-        key: (images.permute(0, 2, 3, 1) * 255).round().byte().numpy()
-        for key, images in batch.items()
-        if key.startswith("observation.image")
-    }
-    return batch[OBS_STATE].numpy(), pictures
+    one_picture = isinstance(kept[0]["pixels"], np.ndarray)
+    cameras = (
+        {OBS_IMAGE: [o["pixels"] for o in kept]}
+        if one_picture
+        else {f"{OBS_IMAGES}.{camera}": [o["pixels"][camera] for o in kept] for camera in kept[0]["pixels"]}
+    )
+    states = np.stack([o["agent_pos"] for o in kept]).astype(np.float32)
+    return states, {key: np.stack(pictures) for key, pictures in cameras.items()}
 
 
 # --- what the reward model says of it -----------------------------------------------------------------------------------
+
+Judge = Callable[[Rollout], np.ndarray]  # φ of every frame of a recorded rollout
+
+
+def judge_from_params(params, environment: gymnasium.Env, task: str, device: str) -> tuple[Judge | None, str | None]:
+    """What scores a rollout by the reward model of notebooks 04 and 05, or none and why: where there is no reward model, and
+    where it does not see what the environment shows."""
+    try:
+        model, _ = reward_model_of(params, device)
+    except FileNotFoundError as error:
+        taken = " (rabc.progress_path takes progress that somebody else computed)" if params.rabc.progress_path else ""
+        return None, f"no reward model is here to score rollouts{taken}: {error}"
+    encoder = from_params(params, device)
+
+    def judge(rollout: Rollout) -> np.ndarray:
+        return score_rollout(model, encoder, rollout, task)[model.spec.heads[-1]].progress
+
+    first = [_copy(environment.reset(seed=0)[0])]
+    try:
+        judge(Rollout(0, False, 1, *_recorded(first)))
+    except ValueError as error:
+        return None, f"the reward model cannot score these rollouts: {error}"
+    return judge, None
+
+
+def act(
+    policy: tuple[PreTrainedPolicy, Any, Any],
+    environments: Sequence[gymnasium.Env],
+    seeds: Sequence[int],
+    max_frames: int,
+    task: str,
+    judge: Judge | None,
+    shown: int,
+    desc: str = "rollouts",
+) -> tuple[list[Rollout], list[np.ndarray]]:
+    """`rollouts`, and φ of each by the judge. Only those that `examples` can show keep their pictures: all frames of all of
+    them are gigabytes."""
+    done: list[Rollout] = []
+    progress: list[np.ndarray] = []
+    for rollout in rollouts(policy, environments, seeds, max_frames, task, record=True, desc=desc):
+        if judge is not None:
+            progress.append(judge(rollout))
+        alike = sum(r.success == rollout.success for r in done)
+        done.append(rollout if alike < shown else dataclasses.replace(rollout, images={}))
+    return done, progress
 
 
 def score_rollout(
@@ -320,13 +366,16 @@ def action_errors(
     model, preprocess, postprocess = policy
     model.eval()
     executed = getattr(model.config, "n_action_steps", 1)
+    deltas = tuple(frames.action_deltas or (0,))
+    now = deltas.index(0)  # Diffusion learns actions of the past too, and answers with those from now on
     found = []
     for episode in episodes:
         rows, squared, count = np.arange(episode.row, episode.row + episode.length, every), 0.0, 0
         for batch in frames.batches(np.array_split(rows, math.ceil(len(rows) / batch_size))):
             torch.manual_seed(0)
             model.reset()
-            recorded, exists = batch["action"][:, :executed], ~batch["action_is_pad"][:, :executed]
+            told = slice(now, now + executed)
+            recorded, exists = batch["action"][:, told], ~batch["action_is_pad"][:, told]
             chunk = postprocess(model.predict_action_chunk(preprocess(batch)))[:, :executed].float().cpu()
             squared += float((((chunk - recorded) ** 2).mean(-1) * exists).sum())
             count += int(exists.sum())
@@ -385,7 +434,8 @@ OF_CHAPTER_05 = ("rabc", "shuffled", "top_k")  # arms that draw by its weights
 
 def experiment(path: Path, fingerprint: str, weights: str | None = None) -> pd.DataFrame | None:
     """What `make experiment` found on the dataset with this fingerprint, a row an arm, those of most training seeds first:
-    None where it has not run on it. `attrs["settings"]` has the parameters of its policies.
+    None where it has not run on it. `attrs["settings"]` has the parameters of its policies, `attrs["over_filter"]`
+    how much rabc lies over the duration filter, if both were run.
 
     The success rate, plain BC's with the same training seeds, how much the one lies over the other with its 95 % interval
     (over seeds and starts; none where other code trained plain BC), the digest of the `weights` of arms that a reward model
@@ -412,6 +462,7 @@ def experiment(path: Path, fingerprint: str, weights: str | None = None) -> pd.D
     table = pd.DataFrame(rows).T.sort_values("seeds", ascending=False, kind="stable").rename_axis("arm")
     table = table.astype({"seeds": int} | dict.fromkeys(table.columns[1:6], float)).round(3)
     table.attrs["settings"] = found.get("settings", {})
+    table.attrs["over_filter"] = found["arms"].get("rabc", {}).get("over_duration_filter")
     return table
 
 

@@ -140,7 +140,9 @@ def detection(row: Mapping[str, float]) -> str:
     """Of a row of `diagnosis.detection`: what the weights do to bad frames, and what they let through."""
     if not row["bad"]:
         return "the simulator calls no frame bad"
-    zero = f"weight 0 falls on {row['zero_recall']:.0%} of the bad ones and is right in {row['zero_precision']:.0%}"
+    zero = f"weight 0 falls on {row['zero_recall']:.0%} of the bad ones and, recovering frames aside, is right in {row['zero_precision']:.0%}"
+    if row["zero_recall"] and not np.isnan(row["zero_recovering"]):
+        zero += f"; it falls on {row['zero_recovering']:.0%} of the recovering ones too"
     return (
         f"the simulator calls {row['bad'] / row['frames']:.0%} of these frames bad: their mean weight is {row['weight_bad']:.2f}, that "
         f"of productive ones {row['weight_productive']:.2f}; {zero if row['zero_recall'] else 'weight 0 falls on none of the bad ones'}"
@@ -311,7 +313,11 @@ def experiment(table: pd.DataFrame | None) -> str:
     named = {"success_filter": "all of these", "duration_filter": "the faster half of these"}
     if filters := {arm: table.loc[arm, "success rate"] for arm in named if arm in table.index}:
         rates = ", ".join(f"{named[arm]} {rate:.0%}" for arm, rate in filters.items())
-        enough = ": a plain filter does as well here" if max(filters.values()) >= ours["success rate"] else ""
+        enough = ""
+        if over := table.attrs.get("over_filter"):
+            low, high = over["difference_low"], over["difference_high"]
+            enough = f"; RA-BC lies {over['difference']:+.2f} over that, 95 % interval {low:+.2f} to {high:+.2f}"
+            enough += ": a plain filter does as well here" if low <= 0 else ""
         said.append(f"Without weights, for who knows which episodes succeeded: {rates}{enough}")
     if apart := [f"`{arm}`" for arm in table.index if arm != "bc" and pd.isna(table.loc[arm, "over bc"])]:
         said.append(f"Trained by other code than plain BC, and so not compared with it: {', '.join(apart)}")

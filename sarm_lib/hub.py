@@ -1,16 +1,18 @@
 """What is pushed to the Hugging Face Hub, and only when somebody says so: one command each, never a stage.
 
     python -m sarm_lib.hub reward-model user/name     outputs/sarm with a model card
-    python -m sarm_lib.hub dataset user/name          outputs/dataset: the annotated dataset, videos included
+    python -m sarm_lib.hub dataset user/name          outputs/dataset: the annotated dataset, videos included, with LeRobot's card
     python -m sarm_lib.hub progress user/name         sarm_progress.parquet, into that dataset, where LeRobot looks for it
 
 `--private` makes the repository private, `--outputs` names another folder than that of `params.yaml`. Log in first: `hf auth login`.
 """
 
 import argparse
+import contextlib
 from pathlib import Path
 
 from huggingface_hub import HfApi
+from huggingface_hub.errors import RevisionNotFoundError
 
 from sarm_lib.artifacts import read_json
 from sarm_lib.checkpoint import CONFIG, OURS, checkpoint_digest
@@ -24,7 +26,10 @@ KINDS = {
 
 
 def push(kind: str, repo_id: str, outputs: Path, private: bool = False, api: HfApi | None = None) -> str:
-    """Push one artifact and return its address. Raises FileNotFoundError where it was not made yet."""
+    """Push one artifact and return its address. Raises FileNotFoundError where it was not made yet.
+
+    LeRobot opens a dataset by the tag of its format's version, so that is put on what was pushed last.
+    """
     api, (repo_type, name) = api or HfApi(), KINDS[kind]
     path = outputs / name
     if not (
@@ -35,12 +40,29 @@ def push(kind: str, repo_id: str, outputs: Path, private: bool = False, api: HfA
     where = {"repo_id": repo_id, "repo_type": repo_type, "commit_message": f"{kind} made by SARM"}
     if path.is_file():
         api.upload_file(path_or_fileobj=path, path_in_repo=path.name, **where)
+        if (info := outputs / "dataset/meta/info.json").exists():
+            tag(api, repo_id, read_json(info)["codebase_version"])
         return str(address)
     api.upload_folder(folder_path=path, **where)
+    if kind == "dataset":
+        from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
+        from lerobot.datasets.utils import create_lerobot_dataset_card
+
+        info = LeRobotDatasetMetadata(repo_id, root=path).info
+        card = create_lerobot_dataset_card(tags=["sarm"], dataset_info=info, repo_id=repo_id)
+        api.upload_file(path_or_fileobj=str(card).encode(), path_in_repo="README.md", **where)
+        tag(api, repo_id, info.codebase_version)
     if kind == "reward-model":
         card = model_card(path, outputs / "metrics", repo_id)
         api.upload_file(path_or_fileobj=card.encode(), path_in_repo="README.md", **where)
     return str(address)
+
+
+def tag(api: HfApi, repo_id: str, version: str) -> None:
+    """Put the tag of a dataset format's version on the newest state of a dataset."""
+    with contextlib.suppress(RevisionNotFoundError):
+        api.delete_tag(repo_id, tag=version, repo_type="dataset")
+    api.create_tag(repo_id, tag=version, repo_type="dataset")
 
 
 def model_card(checkpoint: Path, metrics: Path, repo_id: str) -> str:

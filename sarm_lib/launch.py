@@ -15,7 +15,7 @@ import json
 import logging
 from pathlib import Path
 
-from sarm_lib import checkpoint, dataset, encoder, lerobot_io, progress, rabc, training
+from sarm_lib import checkpoint, corrections, dataset, encoder, lerobot_io, progress, rabc, training
 from sarm_lib.params import load
 from sarm_lib.processes import own_device, share
 
@@ -66,7 +66,8 @@ def train_policies(params) -> Path:
     """Stage 06's policies. Returns the folder of the last one."""
     from sarm_lib import policy  # LeRobot's policies take a while to load, and no other stage needs them
 
-    demos, device = dataset.from_params(params), dataset.pick_device(params.base.device)
+    demos = corrections.without_rejected(dataset.from_params(params), params)
+    device = dataset.pick_device(params.base.device)
     weighted = rabc.weights_of_rows(params.paths.read("rabc_weights.parquet", "05_compute_rabc"), params, demos)
     arms = (policy.Arm("bc"), policy.Arm("rabc", *weighted))
     folders = {arm.name: params.paths.write(f"policy/{arm.name}") for arm in arms}

@@ -206,7 +206,7 @@ class Policy(Section):
     """06: π0 with and without the weights. `config` holds fields of the policy's own LeRobot configuration."""
 
     type: str
-    pretrained_path: str | None
+    pretrained_path: str | None  # a folder, beside params.yaml or absolute, or a Hub id
     config: dict[str, Any]
     peft: dict[str, Any] | None  # fields of LeRobot's PeftConfig: adapters on a pretrained policy
     chunk_size: Positive
@@ -332,6 +332,9 @@ def load(params_file: str | Path = "params.yaml", overrides: dict[str, Any] | No
     values = read_yaml(path)
     for dotted, value in (overrides or {}).items():
         _set(values, dotted, value)
+    named = (values.get("policy") or {}).get("pretrained_path")
+    if isinstance(named, str) and (folder := path.parent / Path(named).expanduser()).is_dir():
+        values["policy"]["pretrained_path"] = str(folder.resolve())  # LeRobot looks in the working directory
     try:
         params = Params.model_validate(values)
     except ValidationError as error:

@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import io
 import logging
+import re
 import time
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
@@ -130,6 +131,9 @@ def make_config(settings, device: str) -> PreTrainedConfig:
         raise ValueError(
             f"policy.n_action_steps: {settings.n_action_steps} of a chunk of {settings.chunk_size} (policy.chunk_size) actions"
         )
+    named = settings.pretrained_path
+    if named and not Path(named).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", named):
+        raise ValueError(f"policy.pretrained_path: there is no folder {named}, and no Hub id looks like that")
     if settings.peft is not None and not settings.pretrained_path:
         raise ValueError("policy.peft: adapters change a pretrained policy; name one (policy.pretrained_path)")
     fields = {field.name for field in dataclasses.fields(types[settings.type]) if field.init}
@@ -140,6 +144,7 @@ def make_config(settings, device: str) -> PreTrainedConfig:
         "chunk_size": settings.chunk_size,
         "horizon": settings.chunk_size,
         "n_action_steps": settings.n_action_steps,
+        "do_mask_loss_for_padding": True,  # Diffusion would learn copies of the last action beyond the end of an episode
     }
     asked = {name: value for name, value in asked.items() if name in fields and name not in settings.config}
     if not {"chunk_size", "horizon"} & {*asked, *settings.config}:  # `horizon` is Diffusion's name for it
@@ -664,13 +669,14 @@ def is_trained(arm: Arm, params, dataset: Dataset, folder: Path) -> bool:
 
 def provenance(arm: Arm, params, dataset: Dataset, seed: int) -> dict[str, Any]:
     """Everything that a trained arm is made from."""
+    named = params.policy.pretrained_path
     return {
         "fingerprint": fingerprint(dataset.root),
         "splits": [[episode.index, episode.split] for episode in dataset.episodes],
         "weights": None if arm.weights is None else digest(arm.weights.tobytes().hex(), params.rabc.epsilon),
         "seed": seed,
-        "settings": params.policy.model_dump(exclude={"num_workers"}),
-        "pretrained": folder_identity(Path(params.policy.pretrained_path or "none")),
+        "settings": params.policy.model_dump(exclude={"num_workers", "pretrained_path"}),
+        "pretrained": named and (folder_identity(Path(named)) or named),
         "code": code_digest("policy"),
     }
 

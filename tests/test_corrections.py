@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from sarm_lib import corrections, pipeline
 from sarm_lib.annotations import Annotation, AnnotationError, Segment
 from sarm_lib.dataset import fingerprint, open_dataset
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run_notebook
 
 NAMES = {"sparse": ["reach", "grasp"]}
 
@@ -451,3 +451,47 @@ def test_files_of_another_dataset_stop_the_pipeline_before_it_begins(in_project,
         assert f"{path.name} is about another dataset (elsewhere, this one is {name})" in str(error.value)
         assert f"`dataset: {name}` in {path}" in str(error.value) and corrections.KEYS[kind] in str(error.value)
     pipeline.check_people(config, None)  # a dataset of the Hub: the stages ask
+
+
+def test_half_an_emoji_of_a_person_s_can_be_written_and_read_again(demos, tmp_path):
+    path, given = tmp_path / "c.yaml", annotation(demos, 1)
+    corrections.record_correction(path, demos, corrections.of_now(given, "accept", why="fine"))
+    path.write_text(path.read_text().replace("fine", '"\\ud83d"'))
+    (read,) = corrections.read_corrections(path, demos)
+    assert read.why == "?"
+
+
+def test_marks_that_lack_a_head_wait_until_it_is_marked(demos, tmp_path, caplog):
+    """Marked in `dense_only`, asked for in `dual`."""
+    path, both = tmp_path / "m.yaml", {"sparse": ["reach", "grasp"], "dense": ["near", "close"]}
+    whole, half = annotation(demos, 1), annotation(demos, 2)
+    dense = (Segment("near", 0, 4), Segment("close", 5, whole.length - 1))
+    corrections.record_mark(path, demos, replace(whole, dense=dense))
+    corrections.record_mark(path, demos, half)
+    assert [mark.episode for mark in corrections.read_marks(path, demos, both)] == [1]
+    assert corrections.unfinished(path, demos, both) == {2: {"sparse": half.sparse}}
+    assert "m.yaml: nothing is marked for some heads of episodes 2" in caplog.text
+
+
+def test_nothing_is_learned_from_rejected_episodes(in_project):
+    config, dataset = in_project
+    path = config.paths.read("rejected.json", "02")
+    kept, victim = path.read_text(), dataset.split("train")[0]
+    assert corrections.without_rejected(dataset, config) == dataset and json.loads(kept)["episodes"] == []
+    reviewed = corrections.apply(
+        [], [corrections.Correction(victim.index, "reject", {}, {})], dataset, {"sparse": ["reach", "grasp"]}
+    )
+    try:
+        corrections.write_rejected(path, dataset, reviewed)
+        left = corrections.without_rejected(dataset, config)
+        page = run_notebook(config.paths.root, "05_compute_rabc", {"base.device": "cpu"})
+        shortened = corrections.without_rejected(replace(dataset, root=dataset.root), config)
+        path.write_text(json.dumps({"dataset": "another", "episodes": [victim.index]}))
+        assert corrections.without_rejected(dataset, config) == dataset
+    finally:
+        path.write_text(kept)
+        run_notebook(config.paths.root, "05_compute_rabc", {"base.device": "cpu"})
+    assert [e.index for e in left.split("rejected")] == [victim.index] and left.episodes == shortened.episodes
+    assert victim.index not in {e.index for e in left.split("train")} and len(left.episodes) == len(dataset.episodes)
+    assert victim.index not in page["train"] and victim.index not in set(page["ranking"].episode)
+    assert len(page["weights"].weight) == dataset.num_frames, "rejected frames are weighted all the same"

@@ -131,6 +131,8 @@ def test_detection_knows_bad_from_productive_and_leaves_recovery_apart():
     assert found.auc_delta["all"] == pytest.approx(pairs, abs=1e-6) and pairs > 0.8
     zero = computed.weight == 0
     assert found.zero_precision["all"] == pytest.approx((zero & bad).sum() / (zero & (bad | good)).sum())
+    assert found.zero_recovering["all"] == pytest.approx(zero[quality == 2].mean())
+    assert math.isnan(found.zero_recovering["clean"])
     assert math.isnan(found.auc_weight["clean"]) and "auc_weight" not in diagnosis.figures(found)["clean"]
     with pytest.raises(ValueError, match="quality has values 7; 0 is productive"):
         diagnosis.detection(computed, np.where(quality == 2, 7, quality), groups)

@@ -1,6 +1,7 @@
 """Rollouts: what a policy is shown, when it looks, how an episode ends; figures and their intervals."""
 
 import sys
+from dataclasses import replace
 
 import gymnasium
 import numpy as np
@@ -277,3 +278,32 @@ def test_of_several_tasks_the_one_that_an_environment_poses_is_named(in_project)
         evaluate.task_of(config, dataset)
     named = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"task": "sort the cubes"})})
     assert evaluate.task_of(named, dataset) == "sort the cubes"
+    silent = replace(dataset)
+    silent.__dict__["tasks"] = [""]
+    assert evaluate.task_of(config, silent) == ""
+
+
+def test_rollouts_are_judged_as_they_end_and_few_keep_their_pictures(in_project, trained):
+    config, _ = in_project
+    judge, why = evaluate.judge_from_params(config, Line(), "stack the cubes", "cpu")
+    assert judge is not None and why is None
+    given = trained, [Line(), Line()], range(6), 20, "stack the cubes", judge
+    done, progress = evaluate.act(*given, shown=1)
+    whole = list(evaluate.rollouts(*given[:-1], record=True, quiet=True))
+    assert [(r.seed, r.frames, r.success) for r in done] == [(r.seed, r.frames, r.success) for r in whole]
+    assert [len(phi) for phi in progress] == [r.frames for r in done]
+    np.testing.assert_allclose(progress[-1], judge(whole[-1]), atol=1e-6)
+    assert sum(bool(r.images) for r in done) == len({r.success for r in done})
+    assert all(r.images for r in evaluate.examples(done, 1))
+    assert evaluate.act(*given[:-1], None, shown=0)[1] == []
+
+
+def test_what_cannot_judge_is_said_before_anybody_acts(in_project, tmp_path):
+    """Progress that somebody else computed needs no reward model, and some do not see what the environment shows."""
+    config, _ = in_project
+    elsewhere = config.model_copy(update={"base": config.base.model_copy(update={"outputs": str(tmp_path)})})
+    taken = elsewhere.model_copy(update={"rabc": config.rabc.model_copy(update={"progress_path": "mine.parquet"})})
+    judge, why = evaluate.judge_from_params(taken, Line(), "stack the cubes", "cpu")
+    assert judge is None and "no reward model is here" in why and "rabc.progress_path" in why
+    judge, why = evaluate.judge_from_params(config, Line(cameras=False), "stack the cubes", "cpu")
+    assert judge is None and "the reward model sees" in why

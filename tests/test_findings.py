@@ -53,10 +53,14 @@ def test_what_weights_do_to_bad_frames():
         "weight_productive": 0.9,
         "zero_recall": 0.2,
         "zero_precision": 0.95,
+        "zero_recovering": 0.1,
     }
     said = findings.detection(row)
     assert "25% of these frames bad" in said and "0.30" in said and "20% of the bad" in said and "right in 95%" in said
-    none = findings.detection(row | {"zero_recall": 0.0, "zero_precision": float("nan")})
+    assert said.endswith("it falls on 10% of the recovering ones too")
+    none = findings.detection(
+        row | {"zero_recall": 0.0, "zero_precision": float("nan"), "zero_recovering": float("nan")}
+    )
     assert none.endswith("weight 0 falls on none of the bad ones")
     assert findings.detection(row | {"bad": 0}) == "the simulator calls no frame bad"
 
@@ -99,9 +103,10 @@ def test_the_experiment_says_whether_it_helped():
     assert "The same weights, shuffled" in findings.experiment(same)
     assert findings.experiment(same).endswith("whose luck no interval knows: `oracle`")
     assert "Without weights" not in said
-    for rate, enough in ((0.4, False), (0.53, True)):
+    for rate, low, enough in ((0.4, 0.05, False), (0.51, -0.08, True), (0.6, -0.2, True)):
         filtered = table.copy()
         filtered.loc["duration_filter"] = [rate, rate - 0.24, 0.1, 0.5, 5, ""]
+        filtered.attrs["over_filter"] = {"difference": 0.52 - rate, "difference_low": low, "difference_high": low + 0.2}
         said = findings.experiment(filtered)
         assert f"succeeded: the faster half of these {rate:.0%}" in said
         assert ("a plain filter does as well here" in said) == enough

@@ -1,6 +1,9 @@
 """Pushing: one explicit command each, everything that is needed, nothing else; against a Hub that only writes down."""
 
+import httpx
 import pytest
+from huggingface_hub.errors import RevisionNotFoundError
+from lerobot.datasets.dataset_metadata import CODEBASE_VERSION
 
 from sarm_lib import hub
 from sarm_lib.artifacts import write_json
@@ -21,6 +24,14 @@ class Notebook:
 
     def upload_file(self, **options):
         self.asked.append(("file", options["path_in_repo"], options))
+
+    def create_tag(self, repo_id, **options):
+        self.asked.append(("tag", options["tag"], options))
+
+    def delete_tag(self, repo_id, **options):
+        raise RevisionNotFoundError(
+            "no such tag", response=httpx.Response(404, request=httpx.Request("GET", "https://example.org"))
+        )
 
 
 def test_a_reward_model_is_pushed_with_a_card_that_says_what_it_is(project):
@@ -58,9 +69,14 @@ def test_dataset_and_progress_go_to_a_dataset_repository(project):
     api = Notebook()
     hub.push("dataset", "me/data", project / "outputs", api=api)
     hub.push("progress", "me/data", project / "outputs", api=api)
-    assert [asked[0] for asked in api.asked] == ["create", "folder", "create", "file"]
+    assert [asked[0] for asked in api.asked] == ["create", "folder", "file", "tag", "create", "file", "tag"]
     assert all(asked[2]["repo_type"] == "dataset" for asked in api.asked)
-    assert api.asked[3][1] == "sarm_progress.parquet"
+    card, tagged = api.asked[2], {asked[1] for asked in api.asked if asked[0] == "tag"}
+    assert (
+        card[1] == "README.md" and b"LeRobot" in card[2]["path_or_fileobj"] and b"me/data" in card[2]["path_or_fileobj"]
+    )
+    assert tagged == {CODEBASE_VERSION}, "LeRobot opens no dataset without it"
+    assert api.asked[5][1] == "sarm_progress.parquet"
 
 
 @pytest.mark.parametrize("kind", hub.KINDS)

@@ -20,7 +20,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from sarm_lib import lerobot_io, losses, policy, rabc
+from sarm_lib import evaluate, lerobot_io, losses, params, policy, rabc
 from sarm_lib.dataset import fingerprint
 from sarm_lib.small_pi0 import SmallPI0Policy
 from tests import tiny_policies
@@ -154,12 +154,30 @@ def test_weights_are_compared_and_openpi_s_names_known(in_project, tmp_path):
         ({"type": "act", "config": {}}, "policy.weighting: act gives no loss of a single sample"),
         ({"n_action_steps": 5}, "policy.n_action_steps: 5 of a chunk of 4"),
         ({"config": {"dept": 3}}, "policy.config: small_pi0 has no 'dept'; it has .*depth"),
+        (
+            {"pretrained_path": "outputs/policy/nobody/at/home"},
+            "policy.pretrained_path: there is no folder .*home, and no Hub id",
+        ),
     ],
 )
 def test_a_policy_that_cannot_be_trained_is_named_with_its_key(in_project, changes, expected):
     config, _ = in_project
     with pytest.raises(ValueError, match=expected):
         policy.make_config(config.policy.model_copy(update=changes), "cpu")
+
+
+def test_a_folder_beside_the_parameters_is_found_from_the_notebooks(in_project, monkeypatch):
+    config, dataset = in_project
+    named = "outputs/policy/bc/checkpoints/last/pretrained_model"
+    monkeypatch.chdir("notebooks")
+    other = params.load(overrides={"policy.pretrained_path": named})
+    made, *_ = policy.make(other.policy, dataset, "cpu")
+    kept = load_file(config.paths.root / named / "model.safetensors")
+    assert all(torch.equal(made.state_dict()[key], value) for key, value in kept.items())
+    found = policy.provenance(policy.Arm("bc"), other, dataset, 0)
+    assert found["pretrained"] and str(config.paths.root) not in json.dumps(found)
+    hub = params.load(overrides={"policy.pretrained_path": "lerobot/pi0_base"})
+    assert hub.policy.pretrained_path == "lerobot/pi0_base"
 
 
 def test_lerobot_s_command_line_finds_the_small_policy(monkeypatch):
@@ -415,6 +433,17 @@ def test_a_policy_whose_loss_cannot_be_weighted_learns_from_drawn_frames(
         k: v[:, -1] if kind != "act" and k.startswith("observation") else v for k, v in batch.items() if k != "action"
     }
     assert after(loaded.select_action(before(seen))).shape == (1, 2)
+    if kind == "diffusion":  # its last frames learn nothing from actions that do not exist
+        padded = before(cached.batch(some_rows(dataset, 1)))
+        assert padded["action_is_pad"].any()
+        other = padded | {"action": torch.where(padded["action_is_pad"][..., None], 9.0, padded["action"])}
+        said = [(torch.manual_seed(3), float(loaded.forward(dict(given))[0]))[1] for given in (padded, other)]
+        assert said[0] == pytest.approx(said[1], rel=1e-6)
+    first = cached.action_deltas.index(0) if cached.action_deltas else 0
+    perfect = lambda seen: seen["action"][:, first:]  # noqa: E731  (normalised, as a policy answers)
+    monkeypatch.setattr(loaded, "predict_action_chunk", perfect)
+    errors = evaluate.action_errors((loaded, before, after), cached, dataset.split("train"))
+    np.testing.assert_allclose(errors, 0, atol=1e-8)
     held_out = policy.frames_for(params.policy, dataset, ("val",), "cpu")  # what notebook 06 asks of it
     given = tmp_path / kind, held_out
     assert np.isfinite(policy.validation_loss(*given, dataset.split("val"), 0, "cpu"))

@@ -14,7 +14,7 @@ from nbclient import NotebookClient
 from PIL import Image
 
 from sarm_lib.annotations import Annotation, AnnotationError, Segment, validate
-from sarm_lib.corrections import of_now, read_corrections, read_marks, record_correction
+from sarm_lib.corrections import of_now, read_corrections, read_marks, record_correction, record_mark
 from sarm_lib.dataset import open_dataset
 from sarm_lib.widgets.scrubber import SHORTEST, Scrubber, boundaries, moved, removed, split, spread
 
@@ -459,3 +459,39 @@ Scrubber(open_dataset({str(tiny)!r}), [], {{"dense": ["reach", "grasp"]}}, marks
 
 def teardown_module():
     ipywidgets.Widget.close_all()
+
+
+def test_marks_that_lack_a_head_are_shown_and_completed(opened, tmp_path):
+    path, whole = tmp_path / "marks.yaml", {"sparse": ["near", "far"], "dense": NAMES["dense"]}
+    length = opened.episodes[3].length
+    dense = (Segment("reach", 0, 4), Segment("grasp", 5, 8), Segment("lift", 9, length - 1))
+    record_mark(path, opened, Annotation(3, length, "manual", None, dense))
+    scrubber = Scrubber(opened, [], whole, order=[0, 3], marks=path)
+    view = View(scrubber)
+    scrubber.show_episode(3)
+    assert (
+        view.dense == [[s.subtask, s.start, s.end] for s in dense] and "nothing is marked for sparse" in scrubber.status
+    )
+    view("fix")
+    assert "nothing is marked for sparse yet" in scrubber.error and read_marks(path, opened, whole) == []
+    view("move", head="sparse", boundary=0, at=6)
+    view("fix")
+    (mark,) = read_marks(path, opened, whole)
+    assert mark.sparse[1].start == 6 and mark.dense == dense
+
+
+def test_one_stage_has_nothing_to_fix(opened, tmp_path):
+    length = opened.episodes[3].length
+    raw = Annotation(3, length, "test", (Segment("task", 0, length - 1),), None)
+    scrubber = Scrubber(opened, [raw], {"sparse": ["task"]}, order=[3], corrections=tmp_path / "c.yaml")
+    view = View(scrubber)
+    view("split", frame=5)
+    view("fix")
+    assert "nothing to fix" in scrubber.error and not (tmp_path / "c.yaml").exists()
+
+
+def test_two_of_a_name_side_by_side_are_pointed_out(view, scrubber):
+    view("rename", frame=6, number=1)
+    assert "two segments of 'reach' stand side by side" in scrubber.status
+    view("rename", frame=6, number=2)
+    assert scrubber.status == ""

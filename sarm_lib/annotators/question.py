@@ -343,7 +343,8 @@ class Interviewer:
     def identity(self) -> dict[str, Any]:
         """JSON values that, with dataset and vocabulary, decide the answers."""
         asked = ("model", "video_key", "seed", "temperature", "frames_per_second", "max_frames", "resolution")
-        return {"annotator": self.name, "prompt": digest(PROMPT), **{key: getattr(self, key) for key in asked}}
+        prompt = digest(PROMPT, self.dataset.tasks)  # a task that was reworded is another question
+        return {"annotator": self.name, "prompt": prompt, **{key: getattr(self, key) for key in asked}}
 
     @property
     def camera(self) -> str:

@@ -4,7 +4,7 @@
     data            language_persistent: rows of style "subtask", each from its timestamp until the next
     data            subtask_index, an index into meta/subtasks.parquet a frame
 
-Episode columns say which head they are of; labels of frames go to the head whose vocabulary has all their names.
+Episode columns say which head they are of; labels of frames go to every head that has no such columns.
 LeRobot's own tool answers in whole seconds: a segment ends at the frame where the next one starts, the last one perhaps
 after the video. These ends are taken for the first frame after the segment; what overlaps beyond that is for the gate.
 An episode whose labels cannot be read is a Failure of its own, and says where the dataset has to be mended.
@@ -50,7 +50,8 @@ class RecordedAnnotator:
             if found and not found & set(names):
                 raise AnnotationError(
                     f"annotate.{head}_subtasks: none of these names is in the dataset; its labels are "
-                    f"{', '.join(sorted(found))}"
+                    f"{', '.join(sorted(found))}. Where they are of the other head alone, base.annotation_mode: dense_only asks "
+                    "for one"
                 )
         self.identity = {
             "annotator": "dataset",

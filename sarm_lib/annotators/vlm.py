@@ -323,9 +323,13 @@ def estimate(annotator: VlmAnnotator, episodes: Sequence[Episode]) -> Estimate:
 
     device = _device(annotator.device)
     processor = _processor(annotator.model)
-    config = AutoConfig.from_pretrained(annotator.model)
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config, dtype=_dtype(device))
+    try:
+        config = AutoConfig.from_pretrained(annotator.model)
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(config, dtype=_dtype(device))
+    except (OSError, ValueError) as error:
+        what = str(error).splitlines()[0]
+        raise AnnotationError(f"annotate.model: {annotator.model} is no vision-language model: {what}") from error
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     text = config.text_config
     experts = sum(size for name, size in sizes.items() if ".experts." in name)

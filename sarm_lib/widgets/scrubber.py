@@ -13,7 +13,7 @@ import traitlets
 from PIL import Image
 
 from sarm_lib import corrections as files
-from sarm_lib.annotations import Annotation, AnnotationError, Segment, validate, violations
+from sarm_lib.annotations import SINGLE_STAGE, Annotation, AnnotationError, Segment, validate, violations
 from sarm_lib.charts import STAGE_COLOURS, annotated_episode, middles
 from sarm_lib.dataset import Dataset
 from sarm_lib.widgets.player import Player, source
@@ -152,6 +152,7 @@ class Scrubber(Player):
         self._history: dict[int, list[Heads]] = {}  # of an episode: as annotated first, as shown last
         self._saved: dict[int, Heads] = {}  # as the annotation or the file says
         self._verdicts: dict[int, tuple[str, str, str]] = {}  # of an episode: state, why, note
+        self._lacking: dict[int, list[str]] = {}  # heads of which nothing is marked, where something is of others
         if order is None:
             order = sorted(self._annotations) if marks is None else [e.index for e in dataset.episodes]
         super().__init__(
@@ -247,7 +248,13 @@ class Scrubber(Player):
             raise AnnotationError(f"{self.head} has {len(names)} subtasks, there is no number {number}")
         i = segment_at(segments, frame)
         segments[i] = replace(segments[i], subtask=names[number - 1])
-        self._edit(self.head, tuple(segments))
+        with self.hold_sync():
+            self._edit(self.head, tuple(segments))
+            if any(s.subtask == names[number - 1] for s in [*segments[max(0, i - 1) : i], *segments[i + 1 : i + 2]]):
+                self.status = (
+                    f"two segments of {names[number - 1]!r} stand side by side now: the first one counts as a try that failed. "
+                    "If it is one, select the boundary between them and delete it"
+                )
 
     def undo(self) -> None:
         """Take back the last edit of this episode."""
@@ -272,8 +279,16 @@ class Scrubber(Player):
 
     def fix(self, why: str = "") -> None:
         """Save the segments as shown: a fix of the annotation, or a mark."""
+        if all(names == [SINGLE_STAGE] for names in self._vocabulary.values()):
+            raise AnnotationError(
+                "base.annotation_mode: single_stage has one stage from the first frame to the last, and nothing to fix: accept "
+                "the episode, or reject it"
+            )
         if self.episode not in self._annotations and len(self._history[self.episode]) == 1:
             raise AnnotationError("nobody has said this: the subtasks are only spread evenly. Move a boundary first")
+        for head in self._lacking.get(self.episode, ()):
+            if self._shown[head] == self._history[self.episode][0][head]:
+                raise AnnotationError(f"nothing is marked for {head} yet, its subtasks are only spread evenly")
         length = self._episodes[self.episode].length
         both = {"sparse": None, "dense": None} | self._shown
         shown = Annotation(self.episode, length, "manual", **both)
@@ -317,6 +332,15 @@ class Scrubber(Player):
                     self._start(mark.episode)
                     self._save({head: mark.head(head) for head in self._vocabulary}, mark.episode)
                     self._verdicts[mark.episode] = ("marked", mark.provenance["why"], "")
+            for episode, said in files.unfinished(self._path, self._dataset, self._vocabulary).items():
+                if episode in self._episodes:
+                    self._start(episode)
+                    self._history[episode].append(
+                        self._history[episode][0] | {h: said[h] for h in self._vocabulary if h in said}
+                    )
+                    self._lacking[episode] = [head for head in self._vocabulary if head not in said]
+                    note = f"nothing is marked for {' and '.join(self._lacking[episode])} yet: mark it and save"
+                    self._verdicts[episode] = ("unfit", "", note)
             return
         found = files.read_corrections(self._path, self._dataset)
         outcomes = files.apply(list(self._annotations.values()), found, self._dataset, self._vocabulary).outcomes
@@ -399,6 +423,7 @@ class Scrubber(Player):
     def _settle(self, state: str, why: str) -> None:
         """After a file was written."""
         self._verdicts[self.episode] = (state, why, "")
+        self._lacking.pop(self.episode, None)
         if state in ("fixed", "marked"):
             self._save(self._shown, self.episode)
         else:
