@@ -17,12 +17,12 @@ from lerobot.processor import tokenizer_processor
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from demo.simulator import TASK
 from sarm_lib.small_pi0 import PAD, VOCABULARY, SmallPaliGemmaWithExpert, SmallPI0Config
 
 NUMBERS = range(-1, 256)  # the steps of a number of the state; LeRobot writes -1 for what lies below its quantile
 UNKNOWN = "<unk>"
 TEMPLATE = "Task: {}, State: 0;\nAction: "  # what LeRobot's processor writes
-TASKS = ["pick up the nut and place it on the peg"]
 
 
 def make_tokenizer(tasks: list[str]) -> PreTrainedTokenizerFast:
@@ -72,5 +72,5 @@ def replacements(sizes: dict[str, Any], tasks: list[str]) -> list[tuple[Any, str
 
 def shrink(sizes: dict[str, Any]) -> None:
     """Make every π0.5 of this process a small one."""
-    for module, name, value in replacements(sizes, TASKS):
+    for module, name, value in replacements(sizes, [TASK]):
         setattr(module, name, value)

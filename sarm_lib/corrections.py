@@ -281,7 +281,7 @@ def read_marks(path: Path, dataset: Dataset, vocabulary: dict[str, list[str]]) -
     found, entries = [], _entries(path, "marks", dataset)
     lengths = {episode: int(length) for episode, length in enumerate(dataset.table.length)}
     _refuse_other_names(path, entries, vocabulary)
-    lacking = unfinished(path, dataset, vocabulary)
+    lacking = _unfinished(entries, vocabulary)
     if lacking:
         log.warning(
             "%s: nothing is marked for some heads of episodes %s, which are left out until it is: open them in notebook 01",
@@ -307,9 +307,13 @@ def read_marks(path: Path, dataset: Dataset, vocabulary: dict[str, list[str]]) -
 def unfinished(path: Path, dataset: Dataset, vocabulary: dict[str, list[str]]) -> dict[int, dict[str, Segments]]:
     """What is marked of episodes of which some heads are and others are not, as after a change of `base.annotation_mode`:
     segments by head, by episode."""
+    return _unfinished(_entries(path, "marks", dataset), vocabulary)
+
+
+def _unfinished(entries: list[MarkEntry], vocabulary: dict[str, list[str]]) -> dict[int, dict[str, Segments]]:
     asked = {head for head, names in vocabulary.items() if names != [SINGLE_STAGE]}
-    entries = {entry.episode: entry.segments for entry in _entries(path, "marks", dataset)}
-    return {episode: said for episode, said in entries.items() if said.keys() & asked and asked - said.keys()}
+    said = {entry.episode: entry.segments for entry in entries}
+    return {episode: heads for episode, heads in said.items() if heads.keys() & asked and asked - heads.keys()}
 
 
 def contents(path: Path) -> Any:

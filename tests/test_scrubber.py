@@ -457,10 +457,6 @@ Scrubber(open_dataset({str(tiny)!r}), [], {{"dense": ["reach", "grasp"]}}, marks
     assert len(nbformat.writes(notebook)) < 300_000
 
 
-def teardown_module():
-    ipywidgets.Widget.close_all()
-
-
 def test_marks_that_lack_a_head_are_shown_and_completed(opened, tmp_path):
     path, whole = tmp_path / "marks.yaml", {"sparse": ["near", "far"], "dense": NAMES["dense"]}
     length = opened.episodes[3].length
@@ -495,3 +491,7 @@ def test_two_of_a_name_side_by_side_are_pointed_out(view, scrubber):
     assert "two segments of 'reach' stand side by side" in scrubber.status
     view("rename", frame=6, number=2)
     assert scrubber.status == ""
+
+
+def teardown_module():
+    ipywidgets.Widget.close_all()
