@@ -1,0 +1,109 @@
+"""How sharp should `propagate` decode? Asked of marked and verified episodes alone, without a simulator's truth.
+
+    python -m benchmarks.propagate [--choices 28]       # half an hour on one core; benchmarks/propagate.json
+
+Eight of the marked episodes, of train and val alike, are chosen at random; `propagate` learns from them and annotates the other
+marked ones and those that a person verified (`verify.corrections`). That many times over; frames, boundaries and retries are
+pooled. What varies is how far neighbouring frames count as independent evidence (`SHARPNESS`). `smaller` is the smaller of
+precision and recall of retries: who claims many finds many.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from sarm_lib import agreement, annotations, corrections, dataset, encoder, params
+from sarm_lib.annotators import propagate
+from sarm_lib.annotators.sequences import chain
+
+SHARPNESS = (0.35, 0.5, 0.65, 0.8, 1.0)
+LEARNED_FROM = 8
+
+
+class Carrier(propagate.PropagateAnnotator):
+    """`propagate`, taken apart: what is learned once is decoded in many ways. Learns from marks of val too."""
+
+    def __init__(self, demos, embeddings, marks, vocabulary, seed: int, features: np.ndarray) -> None:
+        super().__init__(demos, embeddings, marks, vocabulary, seed)
+        self.marks, self.features = marks, features
+
+    def learn(self, episodes: list) -> None:
+        self.labels, self.states = self._states()
+        where = {episode.index: episode for episode in self.dataset.episodes}
+        examples = [(self.features[where[e].rows], y) for e, y in self.labels.items()]
+        with propagate.one_thread():
+            ensemble = [propagate.train(examples, len(self.states), s) for s in self.members]
+            self.probability = {e.index: propagate.predict(ensemble, self.features[e.rows]) for e in episodes}
+
+    def decode(self, episodes: list) -> list[annotations.Annotation]:
+        order = np.array([[self.names[h].index(n) for h, n in zip(self.heads, s)] for s in self.states])
+        model = chain(list(self.labels.values()), np.lexsort(order.T).argsort())
+        return [self._decode(e, self.probability[e.index], model, self.states) for e in episodes]
+
+
+def known_episodes(config, demos, vocabulary: dict[str, list[str]]) -> tuple[list, dict]:
+    """The marks, and what a person said of every marked or verified episode (episode: Annotation)."""
+    marks = corrections.marks_from_params(config, demos)
+    raw = annotations.load(config.paths.read("annotations", "01_annotate"), vocabulary, demos)
+    said = corrections.read_corrections(config.paths.resolve(config.verify.corrections), demos)
+    reviewed = corrections.apply(raw, said, demos, vocabulary)
+    verified = {outcome.episode for outcome in reviewed.outcomes} - {outcome.episode for outcome in reviewed.unsettled}
+    return marks, {a.episode: a for a in reviewed.annotations if a.episode in verified} | {m.episode: m for m in marks}
+
+
+def choose(rng: np.random.Generator, marks: list, vocabulary: dict[str, list[str]]) -> list:
+    """Eight marks that show every subtask, without which nothing can be learned."""
+    while True:
+        chosen = [marks[i] for i in sorted(rng.choice(len(marks), LEARNED_FROM, replace=False))]
+        if all({s.subtask for m in chosen for s in m.head(h)} == set(vocabulary[h]) for h in vocabulary):
+            return chosen
+
+
+def measure(choices: int) -> dict:
+    """A row of figures for every setting."""
+    config = params.load("params.yaml")
+    demos = dataset.from_params(config)
+    vocabulary = annotations.vocabulary(config)
+    embeddings = encoder.open_embeddings(config.paths.read("embeddings", "00_prepare"), demos)
+    marks, known = known_episodes(config, demos, vocabulary)
+    features = propagate.PropagateAnnotator(demos, embeddings, marks, vocabulary, seed=0)._features()
+    in_use, rng, found = propagate.SHARPNESS, np.random.default_rng(0), {s: [] for s in SHARPNESS}
+    for _ in tqdm(range(choices), unit="choice"):
+        chosen = choose(rng, marks, vocabulary)
+        others = [e for e in demos.episodes if e.index in known.keys() - {mark.episode for mark in chosen}]
+        expected = {e.index: known[e.index].head("dense") for e in others}
+        annotator = Carrier(demos, embeddings, chosen, vocabulary, seed=0, features=features)
+        annotator.learn(others)
+        for sharpness in SHARPNESS:
+            propagate.SHARPNESS = sharpness
+            decoded = annotator.decode(others)
+            found[sharpness] += agreement.compare_all(expected, decoded, "dense", vocabulary["dense"], demos.fps)
+    propagate.SHARPNESS = in_use
+    rows = []
+    for sharpness, pairs in found.items():
+        row = agreement.summary(pairs, demos.fps)
+        rows.append({"sharpness": sharpness, "smaller": min(row["retry_recall"], row["retry_precision"] or 0), **row})
+    return {
+        "marked": sorted(mark.episode for mark in marks),
+        "verified": sorted(known.keys() - {mark.episode for mark in marks}),
+        "learned_from": LEARNED_FROM,
+        "choices": choices,
+        "in_use": in_use,
+        "settings": sorted(rows, key=lambda row: -row["smaller"]),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--choices", type=int, default=28)
+    found = measure(parser.parse_args().choices)
+    Path(__file__).with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+    for row in found["settings"]:
+        print({k: row[k] for k in ("sharpness", "frame_agreement", "retry_recall", "retry_precision", "retries")})
+
+
+if __name__ == "__main__":
+    main()
