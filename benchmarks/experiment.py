@@ -391,7 +391,7 @@ def main() -> None:
     jobs = [(arm, seed) for seed in arguments.seeds for arm in arguments.arms]
     config = params.load("params.yaml", settings)
     # notebook 07 shows results of its own dataset alone
-    common = {"settings": settings, "fingerprint": dataset.fingerprint(dataset.from_params(config).root)}
+    common = {"settings": settings, "fingerprint": dataset.from_params(config).fingerprint}
     origins = {arm: made_from(arm, config) for arm in arguments.arms}
     reported, again = arguments.kind == "test", arguments.arms if arguments.anew else ()
     runs, origins = stored(results, common, origins, again) if reported else ({}, origins)

@@ -70,7 +70,7 @@ def repeat_embeddings(source: encoder.Embeddings, folder: Path, demos: dataset.D
             store[i * len(values) : (i + 1) * len(values)] = values
     np.save(folder / "tasks.npy", source.tasks)
     index = {
-        "fingerprint": dataset.fingerprint(demos.root),
+        "fingerprint": demos.fingerprint,
         "episodes": [[e.index, e.length] for e in demos.episodes],
         "cameras": list(source.cameras),
         "encoder": source.encoder,

@@ -18,7 +18,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import TypeAdapter, ValidationError, WithJsonSchema
 
 from sarm_lib.artifacts import staged, write_json
-from sarm_lib.dataset import Dataset, Episode
+from sarm_lib.dataset import ANNOTATED, Dataset, Episode
 
 HEADS = ("sparse", "dense")
 SINGLE_STAGE = "task"  # the guide's name of the one stage of `single_stage`, and of the sparse head in `dense_only`
@@ -291,7 +291,7 @@ def columns(annotations: list[Annotation], dataset: Dataset, heads: tuple[str, .
     for head in heads:
         # Readers of older datasets look for the sparse columns without prefix.
         for prefix in (f"{head}_", "") if head == "sparse" else (f"{head}_",):
-            for name in ("names", "start_times", "end_times", "start_frames", "end_frames"):
+            for name in ANNOTATED:
                 table[f"{prefix}subtask_{name}"] = [
                     _values(by_episode.get(i), head, name, dataset.fps) for i in range(len(dataset.table))
                 ]

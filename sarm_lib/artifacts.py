@@ -18,6 +18,7 @@ from typing import Any
 PACKAGE = Path(__file__).parent
 PROVENANCE = "provenance.json"  # beside the files of a folder
 PARQUET_KEY = b"sarm_lib"  # within a Parquet file
+REWARD_MODEL = ("model.safetensors", "config.json", "sarm_lib.json")  # files of its checkpoint; LeRobot's lack the last
 
 
 def digest(*parts: Any) -> str:
@@ -95,6 +96,12 @@ def folder_digest(folder: str | Path) -> str | None:
     return digest(*((p.name, file_digest(p)) for p in files)) if files else None
 
 
+def checkpoint_digest(folder: Path) -> str:
+    """Names a reward model by its weights and what surrounds them: with another ᾱ or window the same weights say something
+    else. Here, so that what depends on its files alone does not depend on the modules that run it."""
+    return digest(*(file_digest(folder / name) for name in REWARD_MODEL if (folder / name).exists()))
+
+
 @contextmanager
 def staged(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` when the block ends well, remove it when not."""
@@ -109,6 +116,11 @@ def staged(path: Path) -> Iterator[Path]:
     except BaseException:
         remove(partial)
         raise
+
+
+def readable(text: str) -> str:
+    """What somebody said, as text that can be written and read again: half an emoji, "\\ud83d" in JSON, cannot."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def write_json(path: Path, values: Any) -> None:

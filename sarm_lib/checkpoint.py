@@ -13,13 +13,19 @@ import numpy as np
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sarm_lib.artifacts import PROVENANCE, digest, file_digest, read_json, staged, write_json, write_json_lines
+from sarm_lib.artifacts import (
+    PROVENANCE,
+    REWARD_MODEL,
+    checkpoint_digest,
+    read_json,
+    staged,
+    write_json,
+    write_json_lines,
+)
 from sarm_lib.model import HEADS, Sarm, SarmSpec
 from sarm_lib.windows import WindowSpec
 
-WEIGHTS = "model.safetensors"
-CONFIG = "config.json"
-OURS = "sarm_lib.json"
+WEIGHTS, CONFIG, OURS = REWARD_MODEL
 LOG = "log.jsonl"
 LAST = "last"
 LEROBOT_WIDTH = 512
@@ -163,12 +169,6 @@ def reward_model_of(params, device: str) -> tuple[RewardModel, str]:
         return load_reward_model(folder if folder.exists() else named, device), named
     folder = params.paths.read("sarm", "03_train_sarm")
     return load_reward_model(folder, device), os.path.relpath(folder, params.paths.root)
-
-
-def checkpoint_digest(folder: Path) -> str:
-    """Names a reward model by its weights and what surrounds them: with another ᾱ or window the same weights say
-    something else."""
-    return digest(*(file_digest(folder / name) for name in (WEIGHTS, CONFIG, OURS) if (folder / name).exists()))
 
 
 def expressible(spec: SarmSpec) -> bool:

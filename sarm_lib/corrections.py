@@ -15,7 +15,7 @@ import io
 import json
 import logging
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -34,7 +34,7 @@ from sarm_lib.annotations import (
     vocabulary,
 )
 from sarm_lib.artifacts import read_json, staged, write_json
-from sarm_lib.dataset import Dataset, fingerprint
+from sarm_lib.dataset import Dataset
 
 log = logging.getLogger(__name__)
 
@@ -328,7 +328,7 @@ def episodes_in(path: Path, kind: Kind, dataset: Dataset) -> list[int]:
 
 def write_rejected(path: Path, dataset: Dataset, reviewed: Reviewed) -> None:
     """`rejected.json`: which episodes a person rejected, for the stages that learn from the others."""
-    write_json(path, {"dataset": fingerprint(dataset.root), "episodes": reviewed.rejected})
+    write_json(path, {"dataset": dataset.fingerprint, "episodes": reviewed.rejected})
 
 
 def without_rejected(dataset: Dataset, params) -> Dataset:
@@ -336,10 +336,7 @@ def without_rejected(dataset: Dataset, params) -> Dataset:
     from them. As it is where 02 has not run, or on another dataset."""
     path = params.paths.find("rejected.json")
     found = read_json(path) if path else {}
-    rejected = found["episodes"] if found.get("dataset") == fingerprint(dataset.root) else []
-    return replace(
-        dataset, episodes=tuple(replace(e, split="rejected") if e.index in rejected else e for e in dataset.episodes)
-    )
+    return dataset.without(found["episodes"] if found.get("dataset") == dataset.fingerprint else [])
 
 
 def marks_from_params(params, dataset: Dataset) -> list[Annotation]:
@@ -369,7 +366,7 @@ def _entries(path: Path, kind: Kind, dataset: Dataset) -> list:
         file = FORMS[kind].model_validate(content)
     except ValidationError as error:
         raise AnnotationError(_explain(path, kind, content, error)) from None
-    name = fingerprint(dataset.root)
+    name = dataset.fingerprint
     if file.dataset != name:
         raise AnnotationError(is_about_another(path, kind, file.dataset, name))
     entries = getattr(file, kind) or []
@@ -500,7 +497,7 @@ def _put(path: Path, kind: Kind, dataset: Dataset, episode: int, entry: dict | N
     The text is cut at its entries: ruamel ties a comment to what stands before it, and would lose it with that.
     """
     before = _entries(path, kind, dataset)
-    text = path.read_text() if path.exists() else _dump({"dataset": fingerprint(dataset.root), kind: None})
+    text = path.read_text() if path.exists() else _dump({"dataset": dataset.fingerprint, kind: None})
     newline = "\r\n" if path.exists() and b"\r\n" in path.read_bytes() else "\n"
     text = text if text.endswith("\n") else f"{text}\n"
     episodes = [e.episode for e in before]

@@ -10,8 +10,8 @@ import itertools
 import json
 import math
 import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -26,10 +26,14 @@ from PIL import Image
 from sarm_lib.artifacts import digest
 
 SPLITS = ("train", "val", "test")
+REJECTED = "rejected"  # in place of a split, see `Dataset.without`
 TRUTH = "sim."  # prefix of columns with a simulator's truth: scored against, never learned or chosen from
 REMEDY = "record or download the file again, or delete the episode with lerobot-edit-dataset."
 DECODED_AT_ONCE = 64  # frames
-ANNOTATION_MARK = "subtask"  # columns that an annotated copy adds, and that its frames do not depend on
+ANNOTATED = ("names", "start_times", "end_times", "start_frames", "end_frames")
+ANNOTATION_COLUMNS = frozenset(  # of episodes, that an annotated copy adds, and that its frames do not depend on
+    f"{head}subtask_{name}" for head in ("", "sparse_", "dense_") for name in ANNOTATED
+)
 
 
 class DatasetError(ValueError):
@@ -82,6 +86,11 @@ class Dataset:
         return _camera_keys(self.info)
 
     @cached_property
+    def fingerprint(self) -> str:
+        """Names what the frames are (`fingerprint`), as they were when it was first asked for."""
+        return fingerprint(self.root)
+
+    @cached_property
     def lerobot_metadata(self):
         """LeRobot's own view of the dataset. Imported here: it takes LeRobot ten seconds to load."""
         from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
@@ -98,6 +107,11 @@ class Dataset:
         tasks = pd.read_parquet(self.root / "meta/tasks.parquet")
         texts = dict(zip(tasks.task_index.tolist(), tasks.index.astype(str)))
         return [texts.get(i, "") for i in range(max(texts, default=-1) + 1)]
+
+    def without(self, rejected: Collection[int]) -> "Dataset":
+        """The same rows, with the `rejected` episodes in none of the splits: nothing is learned from them, nor judged by them."""
+        episodes = (replace(e, split=REJECTED) if e.index in rejected else e for e in self.episodes)
+        return replace(self, episodes=tuple(episodes))
 
     def split(self, name: str) -> tuple[Episode, ...]:
         return tuple(episode for episode in self.episodes if episode.split == name)
@@ -471,7 +485,7 @@ def describe(dataset: Dataset) -> pd.DataFrame:
         "seen by the reward model": ", ".join(dataset.image_keys),
         "state": f"{dataset.state_key}, {dataset.states.shape[1]} numbers",
         "tasks": "; ".join(dataset.tasks),
-        "fingerprint": fingerprint(dataset.root),
+        "fingerprint": dataset.fingerprint,
     }
     return pd.Series(facts).to_frame("value")
 
@@ -528,7 +542,7 @@ def fingerprint(root: Path) -> str:
     found = hashlib.sha256(json.dumps([info["fps"], info["total_frames"], features], sort_keys=True).encode())
     for path in sorted(root.glob("meta/episodes/**/*.parquet")):
         table = pq.read_table(path)
-        names = sorted(n for n in table.column_names if ANNOTATION_MARK not in n and not _is_truth(n))
+        names = sorted(n for n in table.column_names if n not in ANNOTATION_COLUMNS and not _is_truth(n))
         found.update(json.dumps(table.select(names).to_pylist(), sort_keys=True, default=str).encode())
     cameras = set(_camera_keys(info))
     for path in sorted(root.glob("data/**/*.parquet")):

@@ -30,7 +30,7 @@ from sarm_lib.artifacts import (
     staged,
     write_json,
 )
-from sarm_lib.dataset import Dataset, DatasetError, Episode, fingerprint
+from sarm_lib.dataset import Dataset, DatasetError, Episode
 from sarm_lib.kernels import FrozenQuickGELU, Packed, freeze, packed_once
 from sarm_lib.live import bar
 from sarm_lib.processes import share
@@ -170,7 +170,7 @@ def ensure_embeddings(folder: Path, params, dataset: Dataset, encoder: Encoder) 
         "code": code_digest("encoder"),
     }
     made_from = encoding | {
-        "fingerprint": fingerprint(dataset.root),
+        "fingerprint": dataset.fingerprint,
         "cameras": cameras,
         "episodes": [[episode.index, episode.length] for episode in dataset.episodes],
         "tasks": dataset.tasks,
@@ -205,7 +205,7 @@ def ensure_embeddings(folder: Path, params, dataset: Dataset, encoder: Encoder) 
 def open_embeddings(folder: Path, dataset: Dataset) -> Embeddings:
     """Open the embeddings of `dataset`. Raises ValueError when they are another dataset's."""
     index = read_json(folder / INDEX)
-    if index["fingerprint"] != fingerprint(dataset.root):
+    if index["fingerprint"] != dataset.fingerprint:
         raise ValueError(
             f"{folder} holds the embeddings of another dataset (or of an older state of it): run 00_prepare again "
             "(dvc repro -f 00_prepare)"

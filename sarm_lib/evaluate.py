@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import importlib
 import itertools
+import logging
 import math
 import re
 import sys
@@ -26,7 +27,7 @@ import pandas as pd
 import torch
 from lerobot.envs.utils import preprocess_observation
 from lerobot.policies.pretrained import PreTrainedPolicy
-from lerobot.utils.constants import OBS_IMAGE, OBS_IMAGES, OBS_STATE
+from lerobot.utils.constants import ACTION, OBS_IMAGE, OBS_IMAGES, OBS_STATE
 from PIL import Image
 
 from sarm_lib import charts
@@ -39,6 +40,8 @@ from sarm_lib.policy import CachedFrames, StreamedFrames, load
 from sarm_lib.progress import Scores, score
 from sarm_lib.statistics import wilson
 from sarm_lib.windows import FrameStore, pad_state
+
+log = logging.getLogger("sarm")
 
 ARMS = ("bc", "rabc")  # what notebook 06 trains
 UNDERTRAINED = 0.2  # plain BC below this says little about weights
@@ -144,12 +147,26 @@ def policies(params, device: str) -> dict[str, tuple[PreTrainedPolicy, Any, Any]
                 f"evaluate.policies: {name}: there is no folder {source}, and no Hub id looks like that"
             )
         sources[name] = folder if folder.exists() else source
-    return {name: load(source, device) for name, source in sources.items()}
+    return {name: _load(name, source, device) for name, source in sources.items()}
+
+
+def _load(name: str, source: Path | str, device: str) -> tuple[PreTrainedPolicy, Any, Any]:
+    """Raises ValueError for what is no policy, a reward model for one. (LeRobot's loading raises a dozen kinds.)"""
+    try:
+        return load(source, device)
+    except Exception as error:
+        said = str(error).splitlines()[0][:300]
+        raise ValueError(
+            f"the policy {name!r} (notebook 06, or evaluate.policies) cannot be loaded from {source}: {said}"
+        ) from error
 
 
 def task_of(params, dataset: Dataset) -> str:
-    """What the policies are told to do. Raises ValueError where the dataset has several tasks and `evaluate.task` names none."""
+    """What the policies are told to do. Raises ValueError where the dataset has several tasks and `evaluate.task` names none;
+    one that it does not have is told too, with a warning."""
     tasks = [task for task in dataset.tasks if task]
+    if params.evaluate.task is not None and params.evaluate.task not in tasks:
+        log.warning("evaluate.task: %r is none of the dataset's tasks (%s)", params.evaluate.task, "; ".join(tasks))
     if params.evaluate.task is None and len(tasks) > 1:
         listed = "; ".join(tasks)
         raise ValueError(f"evaluate.task: which of the dataset's tasks does the environment pose? They are: {listed}")
@@ -365,22 +382,40 @@ def action_errors(
     frames of each episode. Actions beyond the end of an episode do not count."""
     model, preprocess, postprocess = policy
     model.eval()
-    executed = getattr(model.config, "n_action_steps", 1)
-    deltas = tuple(frames.action_deltas or (0,))
-    now = deltas.index(0)  # Diffusion learns actions of the past too, and answers with those from now on
+    now = frames.action_deltas.index(0)  # Diffusion learns actions of the past too, and answers with those from now on
     found = []
     for episode in episodes:
         rows, squared, count = np.arange(episode.row, episode.row + episode.length, every), 0.0, 0
         for batch in frames.batches(np.array_split(rows, math.ceil(len(rows) / batch_size))):
             torch.manual_seed(0)
             model.reset()
-            told = slice(now, now + executed)
+            chunk = postprocess(_answer(model, preprocess(batch), frames.observation_deltas)).float().cpu()
+            chunk = chunk[:, : getattr(model.config, "n_action_steps", None)]  # VQ-BeT, which has none, executes all
+            told = slice(now, now + chunk.shape[1])
             recorded, exists = batch["action"][:, told], ~batch["action_is_pad"][:, told]
-            chunk = postprocess(model.predict_action_chunk(preprocess(batch)))[:, :executed].float().cpu()
             squared += float((((chunk - recorded) ** 2).mean(-1) * exists).sum())
             count += int(exists.sum())
         found.append(squared / count)
     return np.array(found)
+
+
+def _answer(model: PreTrainedPolicy, batch: dict[str, Any], deltas: tuple[int, ...] | None) -> torch.Tensor:
+    """The chunk (B, n, A) that a policy answers a batch with. One that sees several frames (`deltas`) reads them from queues, which
+    its `select_action` fills frame by frame; of frames of the future, which some learn to foresee, it sees none."""
+    batch = {key: value for key, value in batch.items() if key != ACTION}
+    if deltas is None:
+        return model.predict_action_chunk(batch)
+    cameras = list(model.config.image_features)
+    seen = {key: batch[key] for key in (*cameras, OBS_STATE)}  # (B, T, ...)
+    current = {key: value[:, deltas.index(0)] for key, value in seen.items()}
+    queues = getattr(model, "_queues", {})
+    if OBS_STATE not in queues:
+        return model.predict_action_chunk(batch | current)
+    current[OBS_IMAGES] = torch.stack([current[key] for key in cameras], dim=-4)
+    seen[OBS_IMAGES] = torch.stack([seen[key] for key in cameras], dim=-4)
+    for key in queues.keys() & seen.keys():
+        queues[key].extend(seen[key].unbind(1))
+    return model.predict_action_chunk(batch | current)
 
 
 # --- figures ------------------------------------------------------------------------------------------------------------

@@ -14,8 +14,8 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RevisionNotFoundError
 
-from sarm_lib.artifacts import read_json
-from sarm_lib.checkpoint import CONFIG, OURS, checkpoint_digest
+from sarm_lib.artifacts import checkpoint_digest, read_json
+from sarm_lib.checkpoint import CONFIG, OURS
 from sarm_lib.params import load
 
 KINDS = {

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from sarm_lib.annotations import Annotation, Segment, columns
 from sarm_lib.artifacts import read_provenance, remove, staged
-from sarm_lib.dataset import ANNOTATION_MARK, Dataset, fingerprint, open_dataset
+from sarm_lib.dataset import ANNOTATION_COLUMNS, Dataset, fingerprint, open_dataset
 from sarm_lib.stages import Labels, given_up, targets
 
 MEDIA = ("data", "videos", "images")
@@ -31,7 +31,11 @@ def write_annotated_dataset(
         raise ValueError(f"base.dataset is {target}, which is what stage 02 writes: name the dataset it was made from")
     table_columns = columns(annotations, dataset, tuple(proportions))
     with staged(target / "meta") as partial:
-        shutil.copytree(dataset.root / "meta", partial)
+        for source in sorted((dataset.root / "meta").rglob("*")):  # by contents: the source may be write-protected
+            if source.is_file():
+                copy = partial / source.relative_to(dataset.root / "meta")
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, copy)
         for path in partial.glob("temporal_proportions_*.json"):
             path.unlink()  # of annotations that the source carried
         for path in sorted(partial.glob("episodes/**/*.parquet")):
@@ -59,9 +63,9 @@ def link_media(source: Path, target: Path) -> None:
 def _with_columns(table: pa.Table, added: dict[str, list]) -> pa.Table:
     """The rows of one episode file with their own annotations: rows are matched by episode index, not by position."""
     rows = table["episode_index"].to_pylist()
-    table = table.drop_columns([name for name in table.column_names if ANNOTATION_MARK in name])
+    table = table.drop_columns([name for name in table.column_names if name in ANNOTATION_COLUMNS])
     for name, values in added.items():
-        assert ANNOTATION_MARK in name
+        assert name in ANNOTATION_COLUMNS
         item = pa.string() if name.endswith("names") else pa.float64() if "times" in name else pa.int64()
         column = pa.array([values[row] for row in rows], pa.list_(item))
         table = table.append_column(name, column)
@@ -74,7 +78,7 @@ def read_labels(folder: Path, dataset: Dataset, heads: tuple[str, ...]) -> Label
     Frames of an episode without annotation have stage 0 and τ 0 and are not in `annotated`.
     Raises ValueError for the annotations of another dataset, and with the episode and the subtask where one is unknown.
     """
-    if fingerprint(folder) != fingerprint(dataset.root):
+    if fingerprint(folder) != dataset.fingerprint:
         raise ValueError(
             f"{folder} holds the annotations of another dataset (or of an older state of it): run 02_verify again"
         )

@@ -209,6 +209,7 @@ class Policy(Section):
     pretrained_path: str | None  # a folder, beside params.yaml or absolute, or a Hub id
     config: dict[str, Any]
     peft: dict[str, Any] | None  # fields of LeRobot's PeftConfig: adapters on a pretrained policy
+    image_keys: list[str]  # cameras that it sees; empty for all of the dataset's
     chunk_size: Positive
     n_action_steps: Positive
     steps: Positive

@@ -59,7 +59,7 @@ from sarm_lib.artifacts import (
     staged,
     write_json,
 )
-from sarm_lib.dataset import Dataset, Episode, fingerprint, rows_of
+from sarm_lib.dataset import Dataset, Episode, rows_of
 from sarm_lib.live import bar
 from sarm_lib.losses import SEVERAL_DRAWS, TAKES_NOISE, WeightedLoss, gives_sample_losses, per_sample_loss, sample_noise
 from sarm_lib.schedule import Average, Estimate, learning_rate
@@ -73,6 +73,12 @@ OTHER_STATE = "observation.other_state"
 VALIDATION_FRAMES, VALIDATION_BATCH = 256, 64
 SPOT_CHECKS = 16
 TRIAL_STEPS = 3
+CHUNK = (
+    "chunk_size",
+    "horizon",
+    "action_chunk_size",
+    "action_horizon",
+)  # LeRobot's policies call its length one of these
 
 
 # --- the policy -----------------------------------------------------------------------------------------------------
@@ -85,7 +91,7 @@ def make(settings, dataset: Dataset, device: str) -> tuple[PreTrainedPolicy, Any
     Raises ValueError where its weights are not those of the checkpoint.
     """
     config, statistics = make_config(settings, device), training_statistics(dataset)
-    config.input_features = input_features(dataset)
+    config.input_features = input_features(settings, dataset)
     policy = make_policy(config, ds_meta=dataset.lerobot_metadata)
     overrides = {}
     if settings.pretrained_path:
@@ -141,19 +147,13 @@ def make_config(settings, device: str) -> PreTrainedConfig:
         if name not in fields:
             raise ValueError(f"policy.config: {settings.type} has no {name!r}; it has {', '.join(sorted(fields))}")
     asked = {
-        "chunk_size": settings.chunk_size,
-        "horizon": settings.chunk_size,
+        **dict.fromkeys(CHUNK, settings.chunk_size),
         "n_action_steps": settings.n_action_steps,
         "do_mask_loss_for_padding": True,  # Diffusion would learn copies of the last action beyond the end of an episode
     }
     asked = {name: value for name, value in asked.items() if name in fields and name not in settings.config}
-    if not {"chunk_size", "horizon"} & {*asked, *settings.config}:  # `horizon` is Diffusion's name for it
-        raise ValueError(
-            f"policy.type: {settings.type} predicts no chunk of actions under a name known here (chunk_size, horizon); its fields "
-            f"are {', '.join(sorted(fields))}"
-        )
     try:
-        return make_policy_config(
+        made = make_policy_config(
             settings.type,
             device=device,
             **asked,
@@ -163,6 +163,16 @@ def make_config(settings, device: str) -> PreTrainedConfig:
         )
     except (ValueError, NotImplementedError) as error:  # the policy's own checks of its fields
         raise ValueError(f"policy.config: {settings.type} refuses {settings.config | asked}: {error}") from error
+    if made.action_delta_indices is None or made.reward_delta_indices is not None:
+        raise ValueError(
+            f"policy.type: {settings.type} learns from rewards, not from demonstrations: choose another one"
+        )
+    ahead = sum(delta >= 0 for delta in made.action_delta_indices)
+    if not fields.intersection(CHUNK) and ahead != settings.chunk_size:
+        raise ValueError(
+            f"policy.chunk_size: {settings.type} predicts {ahead} actions, by its own fields (policy.config): set this to {ahead}"
+        )
+    return made
 
 
 def adapted(policy: PreTrainedPolicy, settings) -> PreTrainedPolicy | PeftModel:
@@ -185,11 +195,21 @@ def peft_config(settings) -> PeftConfig | None:
     return None if settings.peft is None else PeftConfig(**settings.peft)
 
 
-def input_features(dataset: Dataset) -> dict[str, PolicyFeature]:
-    """What a policy sees: every camera, and `base.state_key` under LeRobot's name of the state."""
+def cameras(settings, dataset: Dataset) -> list[str]:
+    """Those that a policy sees: `policy.image_keys`, or all of the dataset's. Raises ValueError for one that it lacks."""
+    for key in settings.image_keys:
+        if key not in dataset.camera_keys:
+            raise ValueError(
+                f"policy.image_keys: no camera {key!r} in this dataset; it has {', '.join(dataset.camera_keys)}"
+            )
+    return settings.image_keys or dataset.camera_keys
+
+
+def input_features(settings, dataset: Dataset) -> dict[str, PolicyFeature]:
+    """What a policy sees: its cameras, and `base.state_key` under LeRobot's name of the state."""
     features = dataset_to_policy_features(dataset.lerobot_metadata.features)
     state = PolicyFeature(type=FeatureType.STATE, shape=features[dataset.state_key].shape)
-    return {**{key: features[key] for key in dataset.camera_keys}, OBS_STATE: state}
+    return {**{key: features[key] for key in cameras(settings, dataset)}, OBS_STATE: state}
 
 
 def rename_map(dataset: Dataset) -> dict[str, str]:
@@ -272,13 +292,10 @@ class CachedFrames:
     """
 
     dataset: Dataset
-    chunk_size: int
     images: dict[str, np.ndarray]  # a camera: (M, 3, H, W) uint8
     position: np.ndarray  # (N,) row of the dataset -> row of `images`, -1 where it is not held
-    observation_deltas: tuple[int, ...] | None = (
-        None  # frames a policy sees, 0 the current one; None: that, without a time axis
-    )
-    action_deltas: tuple[int, ...] | None = None  # actions it learns; None for the chunk from the current frame on
+    action_deltas: tuple[int, ...]  # actions that a policy learns, 0 that of the current frame
+    observation_deltas: tuple[int, ...] | None = None  # frames that it sees; None: the current one, without a time axis
 
     def batches(self, rows: Iterable[np.ndarray]) -> Iterator[dict[str, Any]]:
         return map(self.batch, rows)
@@ -292,7 +309,7 @@ class CachedFrames:
             seen = np.clip(rows[:, None] + np.array(self.observation_deltas), first[:, None], last[:, None])
         held = self.position[seen]
         assert (held >= 0).all(), "a frame that is not in the cache"
-        chunk = rows[:, None] + np.array(self.action_deltas or range(self.chunk_size))
+        chunk = rows[:, None] + np.array(self.action_deltas)
         tasks = dataset.tasks
         return {
             **{key: torch.from_numpy(images[held]).float() / 255 for key, images in self.images.items()},
@@ -313,13 +330,10 @@ def cache_frames(
     episodes: tuple[Episode, ...],
     image_keys: list[str],
     resolution: tuple[int, int] | None,
-    chunk_size: int,
-    deltas: tuple[tuple[int, ...] | None, tuple[int, ...] | None] = (None, None),
+    action_deltas: tuple[int, ...],
+    observation_deltas: tuple[int, ...] | None = None,
 ) -> CachedFrames:
-    """Decode `episodes` once and hold them at `resolution`, resized as π0 does it, or as they are.
-
-    deltas: of the frames that a policy sees and of the actions that it learns (`CachedFrames`).
-    """
+    """Decode `episodes` once and hold them at `resolution`, resized as π0 does it, or as they are."""
     position, count = np.full(dataset.num_frames, -1), 0
     for episode in episodes:
         position[episode.rows] = np.arange(count, count + episode.length)
@@ -335,7 +349,7 @@ def cache_frames(
             pixels = torch.from_numpy(image)[None].float() / 255
             resized = resize_with_pad_torch(pixels, *size[key])[0]
             images[key][i] = (resized * 255).round().byte().permute(2, 0, 1).numpy()
-    return CachedFrames(dataset, chunk_size, images, position, *deltas)
+    return CachedFrames(dataset, images, position, action_deltas, observation_deltas)
 
 
 @dataclass
@@ -343,17 +357,17 @@ class StreamedFrames:
     """Frames read from the dataset when they are needed, by LeRobot's loader in worker processes."""
 
     dataset: Dataset
-    chunk_size: int
+    image_keys: list[str]
     num_workers: int
+    action_deltas: tuple[int, ...]
     observation_deltas: tuple[int, ...] | None = None
-    action_deltas: tuple[int, ...] | None = None
 
     def batches(self, rows: Iterable[np.ndarray]) -> Iterator[dict[str, Any]]:
         meta, index = self.dataset.lerobot_metadata, self.dataset.frames["index"].to_numpy()
         seconds = lambda deltas: [delta / meta.fps for delta in deltas]  # noqa: E731
-        timestamps = {ACTION: seconds(self.action_deltas or range(self.chunk_size))}
+        timestamps = {ACTION: seconds(self.action_deltas)}
         if self.observation_deltas is not None:
-            seen = (*self.dataset.camera_keys, self.dataset.state_key)
+            seen = (*self.image_keys, self.dataset.state_key)
             timestamps |= dict.fromkeys(seen, seconds(self.observation_deltas))
         source = LeRobotDataset(
             meta.repo_id, root=meta.root, delta_timestamps=timestamps, video_backend=video_backend()
@@ -369,7 +383,7 @@ def cached_bytes(settings, dataset: Dataset, splits: tuple[str, ...], device: st
     if not settings.cache_frames:
         return 0
     resolution = _resolution(make_config(settings, device))
-    sizes = [resolution or dataset.features[key]["shape"][:2] for key in dataset.camera_keys]
+    sizes = [resolution or dataset.features[key]["shape"][:2] for key in cameras(settings, dataset)]
     count = sum(episode.length for split in splits for episode in dataset.split(split))
     return count * sum(3 * height * width for height, width in sizes)
 
@@ -387,12 +401,11 @@ def frames_for(settings, dataset: Dataset, splits: tuple[str, ...], device: str)
 def frames_of(settings, dataset: Dataset, episodes: Sequence[Episode], device: str) -> CachedFrames | StreamedFrames:
     """The same, for some episodes."""
     config = make_config(settings, device)
-    seen, learned = config.observation_delta_indices, config.action_delta_indices
-    deltas = None if seen is None else tuple(seen), None if learned is None else tuple(learned)
+    image_keys, seen = cameras(settings, dataset), config.observation_delta_indices
+    deltas = tuple(config.action_delta_indices), None if seen is None else tuple(seen)
     if not settings.cache_frames:
-        return StreamedFrames(dataset, settings.chunk_size, settings.num_workers, *deltas)
-    held = dataset.camera_keys, _resolution(config), settings.chunk_size, deltas
-    return cache_frames(dataset, tuple(episodes), *held)
+        return StreamedFrames(dataset, image_keys, settings.num_workers, *deltas)
+    return cache_frames(dataset, tuple(episodes), image_keys, _resolution(config), *deltas)
 
 
 def video_backend() -> str:
@@ -671,7 +684,7 @@ def provenance(arm: Arm, params, dataset: Dataset, seed: int) -> dict[str, Any]:
     """Everything that a trained arm is made from."""
     named = params.policy.pretrained_path
     return {
-        "fingerprint": fingerprint(dataset.root),
+        "fingerprint": dataset.fingerprint,
         "splits": [[episode.index, episode.split] for episode in dataset.episodes],
         "weights": None if arm.weights is None else digest(arm.weights.tobytes().hex(), params.rabc.epsilon),
         "seed": seed,
@@ -709,7 +722,8 @@ def first_action(folder: Path, frames: CachedFrames | StreamedFrames, episode: E
     torch.manual_seed(0)
     observation = {key: value for key, value in preprocessor(batch).items() if key != ACTION}
     if frames.observation_deltas is not None:  # the policy keeps the frames before by itself
-        observation |= {key: observation[key][:, -1] for key in policy.config.input_features if key in observation}
+        now = frames.observation_deltas.index(0)
+        observation |= {key: observation[key][:, now] for key in policy.config.input_features if key in observation}
     return postprocessor(policy.select_action(observation))[0].cpu().numpy()
 
 

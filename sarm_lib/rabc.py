@@ -19,8 +19,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sarm_lib.artifacts import PARQUET_KEY, digest, file_digest, read_provenance, staged
-from sarm_lib.dataset import Dataset, fingerprint
+from sarm_lib.artifacts import PARQUET_KEY, REWARD_MODEL, checkpoint_digest, digest, read_provenance, staged
+from sarm_lib.dataset import Dataset
 
 Head = Literal["sparse", "dense"]
 BLOCK = 1 << 18  # frames that are looked at together
@@ -289,7 +289,7 @@ def head_of(params) -> Head:
 def provenance(params, dataset: Dataset, checkpoint: str | None = None) -> dict[str, str | int | float | bool]:
     """What weights are made from: a file that says otherwise weights nothing. checkpoint: the reward model's."""
     made = {
-        "fingerprint": fingerprint(dataset.root),
+        "fingerprint": dataset.fingerprint,
         "training_episodes": digest([episode.index for episode in dataset.split("train")]),  # of which μ, σ and κ are
         "head_mode": head_of(params),
         "delta_frames": params.delta_frames,
@@ -307,15 +307,6 @@ def write_weights(path: Path, computed: RabcWeights, made_from: dict[str, str | 
     table = pa.table({name: getattr(computed, name) for name in names})
     with staged(path) as partial:
         pq.write_table(table.replace_schema_metadata({PARQUET_KEY: json.dumps(made_from, sort_keys=True)}), partial)
-
-
-MODEL_FILES = ("model.safetensors", "config.json", "sarm_lib.json")
-
-
-def model_digest(folder: Path) -> str:
-    """`checkpoint.checkpoint_digest` of a reward model, without the modules that could run it: policies depend on its weights
-    alone, and are not trained again when its code changes."""
-    return digest(*(file_digest(folder / name) for name in MODEL_FILES if (folder / name).exists()))
 
 
 def weights_of_rows(path: Path, params, dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
@@ -338,8 +329,8 @@ def weights_of_rows(path: Path, params, dataset: Dataset) -> tuple[np.ndarray, n
             f"{path.name} was made from something else ({'; '.join(differing)}): run 05_compute_rabc again"
         )
     ours = params.rabc.reward_model_path is None and params.rabc.progress_path is None
-    trained = params.paths.find(f"sarm/{MODEL_FILES[0]}")
-    if ours and trained and model_digest(trained.parent) != made.get("checkpoint"):
+    trained = params.paths.find(f"sarm/{REWARD_MODEL[0]}")
+    if ours and trained and checkpoint_digest(trained.parent) != made.get("checkpoint"):
         raise ValueError(
             f"{path.name} is of another reward model than {trained.parent} holds: run 05_compute_rabc again"
         )

@@ -46,14 +46,14 @@ def paired_difference(ours: np.ndarray, theirs: np.ndarray, seed: int = 0) -> di
     trained, started = paired.shape
     if trained == 1:
         low, high = _bonett_price(int((paired > 0).sum()), int((paired < 0).sum()), started)
-        return {
-            "difference": round(paired.mean(), 6),
-            "difference_low": round(low, 6),
-            "difference_high": round(high, 6),
-        }
+        return _rounded(paired.mean(), low, high)
     rng = np.random.default_rng(seed)
     seeds = rng.multinomial(trained, np.full(trained, 1 / trained), BOOTSTRAP) / trained
     starts = rng.multinomial(started, np.full(started, 1 / started), BOOTSTRAP) / started
     low, high = np.percentile(np.einsum("dk,kn,dn->d", seeds, paired, starts, optimize=True), [2.5, 97.5])
-    found = {"difference": paired.mean(), "difference_low": low, "difference_high": high}
+    return _rounded(paired.mean(), low, high)
+
+
+def _rounded(difference: float, low: float, high: float) -> dict[str, float]:
+    found = {"difference": difference, "difference_low": low, "difference_high": high}
     return {name: round(float(value), 6) for name, value in found.items()}

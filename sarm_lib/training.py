@@ -246,8 +246,8 @@ def validator(dataset: Dataset, labels: Labels, sampler: Sampler) -> Callable[[S
     known, the mean over episodes and heads (of mean squares, two odd episodes would decide which weights are the best);
     `val_accuracy_{head}`: of the stage."""
     unknown, store = sampler.unknown, sampler.store
+    rows = annotated_rows(dataset.split("val"), labels.annotated)
     episodes = [episode for episode in dataset.split("val") if episode.index in labels.annotated]
-    rows = annotated_rows(tuple(episodes), labels.annotated)
     ends = np.cumsum([episode.length for episode in episodes])[:-1]
     if all(frames[rows].all() for frames in unknown.values()):
         log.warning(
@@ -467,8 +467,12 @@ class TrainingState:
 
 
 def annotated_rows(episodes: tuple[Episode, ...], annotated: frozenset[int]) -> np.ndarray:
-    """Rows of the frames of those `episodes` that are annotated."""
+    """Rows of the frames of those `episodes`, of one split, that are annotated."""
     rows = [np.arange(e.row, e.row + e.length) for e in episodes if e.index in annotated]
     if not rows:
-        raise ValueError("none of these episodes is annotated: annotate some first (notebook 01)")
+        listed = ", ".join(str(e.index) for e in episodes[:5]) + (", …" if len(episodes) > 5 else "")
+        raise ValueError(
+            f"none of the {len(episodes)} {episodes[0].split if episodes else ''} episodes ({listed}) is annotated: annotate or mark "
+            "some of them first (notebook 01)"
+        )
     return np.concatenate(rows)

@@ -7,6 +7,8 @@ from collections import Counter
 from dataclasses import asdict, replace
 from random import Random
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -333,8 +335,15 @@ def test_lerobot_opens_the_annotated_dataset_and_every_row_is_the_right_episode_
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
     dataset = open_dataset(make_dataset(tmp_path / "source", files=files))
-    if files > 1:
-        assert len(list(dataset.root.glob("meta/episodes/**/*.parquet"))) > 1
+    tables = sorted(dataset.root.glob("meta/episodes/**/*.parquet"))
+    assert (len(tables) > 1) == (files > 1)
+    for path in tables:  # another tool's column stays, another run's annotations do not
+        table = pq.read_table(path)
+        own, old = pa.array([["a", "b"]] * len(table)), pa.array([["old"]] * len(table))
+        pq.write_table(table.append_column("my_subtasks", own).append_column("dense_subtask_names", old), path)
+    for path in (dataset.root / "meta").rglob("*"):  # a source that somebody else owns, or that is kept from changes
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    dataset = open_dataset(dataset.root)
     written = [
         Annotation(
             e.index,
@@ -355,7 +364,9 @@ def test_lerobot_opens_the_annotated_dataset_and_every_row_is_the_right_episode_
 
     uploads = HfApi()._prepare_upload_folder_additions(str(tmp_path / "target"), path_in_repo="")
     assert {str(path.relative_to(tmp_path / "target")) for path in media} < {u.path_in_repo for u in uploads}
+    assert all(path.stat().st_mode & 0o200 for path in (tmp_path / "target/meta").rglob("*"))
     rows = opened.meta.episodes
+    assert rows["my_subtasks"] == [["a", "b"]] * len(rows) and "dense_subtask_names" not in rows.column_names
     for i, row in enumerate(rows):
         expected = None if i == 3 else [0, i + 2]
         assert row["sparse_subtask_start_frames"] == row["subtask_start_frames"] == expected

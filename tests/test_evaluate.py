@@ -101,6 +101,10 @@ def test_other_policies_act_beside_those_of_notebook_06():
     assert acted["again"] == acted["folder"] == acted["rabc"]
     with pytest.raises(FileNotFoundError, match=r"evaluate\.policies: act: there is no folder outputs/policy/act"):
         evaluate.policies(params.load(overrides={"evaluate.policies": {"act": "outputs/policy/act"}}), "cpu")
+    with pytest.raises(
+        ValueError, match=r"the policy 'sarm' .* cannot be loaded from .*outputs/sarm: Policy type 'sarm"
+    ):
+        evaluate.policies(params.load(overrides={"evaluate.policies": {"sarm": "outputs/sarm"}}), "cpu")
     with pytest.raises(params.ParamsError, match=r"evaluate\.policies: .*none of bc, .* not 'bc'"):
         params.load(overrides={"evaluate.policies": {"bc": saved}})
 
@@ -211,9 +215,12 @@ def test_the_recorded_actions_have_no_error(in_project, trained, monkeypatch):
     frames = policy.frames_of(config.policy, dataset, dataset.split("test"), "cpu")
     errors = evaluate.action_errors(trained, frames, dataset.split("test"))
     assert errors.shape == (len(dataset.split("test")),) and (errors > 0).all()
-    perfect = lambda batch: batch["action"]  # noqa: E731  (normalised, as a policy answers)
-    monkeypatch.setattr(trained[0], "predict_action_chunk", perfect)
-    np.testing.assert_allclose(evaluate.action_errors(trained, frames, dataset.split("test")), 0, atol=1e-10)
+    model, before, after = trained
+    told = []  # with the recorded actions, which a policy is not told: normalised, as it answers
+    watched = lambda batch: told.append(before(batch)) or dict(told[-1])  # noqa: E731
+    monkeypatch.setattr(model, "predict_action_chunk", lambda seen: told[-1]["action"])
+    errors = evaluate.action_errors((model, watched, after), frames, dataset.split("test"))
+    np.testing.assert_allclose(errors, 0, atol=1e-10)
 
 
 def test_what_is_concluded_is_what_the_figures_say():
@@ -272,12 +279,15 @@ def test_noise_is_the_same_whoever_acts_first(trained):
     assert one == [r.frames for r in evaluate.rollouts(trained, [Line()], [1, 2], 20, "stack the cubes", quiet=True)]
 
 
-def test_of_several_tasks_the_one_that_an_environment_poses_is_named(in_project):
+def test_of_several_tasks_the_one_that_an_environment_poses_is_named(in_project, caplog):
     config, dataset = in_project
     with pytest.raises(ValueError, match=r"evaluate.task: which of .* They are: stack the cubes; sort the cubes"):
         evaluate.task_of(config, dataset)
     named = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"task": "sort the cubes"})})
-    assert evaluate.task_of(named, dataset) == "sort the cubes"
+    assert evaluate.task_of(named, dataset) == "sort the cubes" and not caplog.messages
+    named = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"task": "sort the cups"})})
+    assert evaluate.task_of(named, dataset) == "sort the cups"
+    assert "'sort the cups' is none of the dataset's tasks (stack the cubes; sort the cubes)" in caplog.text
     silent = replace(dataset)
     silent.__dict__["tasks"] = [""]
     assert evaluate.task_of(config, silent) == ""

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from sarm_lib import kernels, model
-from sarm_lib.artifacts import file_digest
-from sarm_lib.checkpoint import RewardModel, checkpoint_digest, expressible, load_reward_model, save_reward_model
+from sarm_lib.artifacts import checkpoint_digest, file_digest
+from sarm_lib.checkpoint import RewardModel, expressible, load_reward_model, save_reward_model
 from sarm_lib.model import Sarm, SarmSpec
 from sarm_lib.stages import progress
 from sarm_lib.windows import Windows, WindowSpec, pad_state

@@ -45,7 +45,9 @@ def joints_reach_the_policy_as_its_state(path, opened):
     config = PreTrainedConfig.from_pretrained(path)
     assert set(config.input_features) == {*CAMERAS, "observation.state"}
     preprocess, _ = make_pre_post_processors(config, pretrained_path=str(path))
-    batch = next(StreamedFrames(opened, 4, 0).batches(iter([rows_of(opened.split("train"))])))
+    batch = next(
+        StreamedFrames(opened, opened.camera_keys, 0, tuple(range(4))).batches(iter([rows_of(opened.split("train"))]))
+    )
     state = preprocess(batch)["observation.state"]
     assert state.shape[1] == 3 and state.mean(0).abs().max() < 1e-3 and (state.std(0) - 1).abs().max() < 0.02
 

@@ -259,7 +259,7 @@ def test_eq_7(in_project, frames):
 def test_cached_frames_are_what_lerobot_s_loader_returns(in_project, frames):
     config, dataset = in_project
     rows = [some_rows(dataset), np.array([e.row for e in dataset.split("val")])]
-    streamed = policy.StreamedFrames(dataset, config.policy.chunk_size, num_workers=0)
+    streamed = policy.StreamedFrames(dataset, dataset.camera_keys, 0, tuple(range(config.policy.chunk_size)))
     for cached, loaded in zip(frames.batches(iter(rows)), streamed.batches(iter(rows)), strict=True):
         for key in cached:
             if key == "task":
@@ -398,7 +398,7 @@ ACT = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["act", "diffusion", "multi_task_dit"])
+@pytest.mark.parametrize("kind", ["act", "diffusion", "multi_task_dit", "vqbet"])
 def test_a_policy_whose_loss_cannot_be_weighted_learns_from_drawn_frames(
     kind, in_project, tiny_encoder, tmp_path, monkeypatch
 ):
@@ -419,8 +419,12 @@ def test_a_policy_whose_loss_cannot_be_weighted_learns_from_drawn_frames(
         "crop_shape": None,
         "spatial_softmax_num_keypoints": 4,
     }
-    sizes = {"act": ACT, "diffusion": diffusion, "multi_task_dit": dit}[kind]
+    vqbet = {"gpt_n_layer": 1, "gpt_n_head": 2, "gpt_hidden_dim": 16, "gpt_input_dim": 16, "gpt_output_dim": 16}
+    vqbet |= {"vqvae_embedding_dim": 8, "vqvae_enc_hidden_dim": 8, "n_vqvae_training_steps": 1, "n_obs_steps": 2}
+    vqbet |= {key: diffusion[key] for key in ("pretrained_backbone_weights", "use_group_norm", "crop_shape")}
+    sizes = {"act": ACT, "diffusion": diffusion, "multi_task_dit": dit, "vqbet": vqbet}[kind]
     changes = {"type": kind, "config": sizes, "weighting": "sampling", "steps": 2}
+    changes["image_keys"] = dataset.camera_keys[:1] if kind == "vqbet" else []  # which takes one camera
     params = config.model_copy(update={"policy": config.policy.model_copy(update=changes)})
     monkeypatch.setattr(type(config.paths), "write", lambda _, name: tmp_path / name)
     weights = np.linspace(0, 1, dataset.num_frames, dtype=np.float32)
@@ -434,15 +438,70 @@ def test_a_policy_whose_loss_cannot_be_weighted_learns_from_drawn_frames(
     }
     assert after(loaded.select_action(before(seen))).shape == (1, 2)
     assert getattr(loaded.config, "do_mask_loss_for_padding", True), "copies of the last action are not learned"
-    first = cached.action_deltas.index(0) if cached.action_deltas else 0
-    perfect = lambda seen: seen["action"][:, first:]  # noqa: E731  (normalised, as a policy answers)
-    monkeypatch.setattr(loaded, "predict_action_chunk", perfect)
+    first = cached.action_deltas.index(0)
     errors = evaluate.action_errors((loaded, before, after), cached, dataset.split("train"))
+    assert np.isfinite(errors).all() and (errors > 0).all()
+    answered_as_in_the_loop(loaded, before, cached)
+    told = []  # what the policy is asked about, whose recorded actions are the perfect answer (normalised, as policies answer)
+    watched = lambda batch: told.append(before(batch)) or dict(told[-1])  # noqa: E731
+    monkeypatch.setattr(loaded, "predict_action_chunk", lambda _: told[-1]["action"][:, first:])
+    errors = evaluate.action_errors((loaded, watched, after), cached, dataset.split("train"))
     np.testing.assert_allclose(errors, 0, atol=1e-8)
     held_out = policy.frames_for(params.policy, dataset, ("val",), "cpu")  # what notebook 06 asks of it
     given = tmp_path / kind, held_out
     assert np.isfinite(policy.validation_loss(*given, dataset.split("val"), 0, "cpu"))
     assert policy.first_action(*given, dataset.split("val")[0], "cpu").shape == (2,)
+
+
+def answered_as_in_the_loop(loaded, before, cached):
+    """A chunk for frame 5 of an episode is what `select_action` starts there, having seen the frames before."""
+    row, deltas = cached.dataset.split("train")[0].row + 5, cached.observation_deltas
+    batch = before(cached.batch(np.array([row])))
+    del batch["action"]
+    loaded.reset()
+    torch.manual_seed(0)
+    chunk = evaluate._answer(loaded, batch, deltas)
+    loaded.reset()
+    for i in range(len(deltas or (0,))):
+        if "action" in getattr(loaded, "_queues", {}):
+            loaded._queues["action"].clear()  # so that the last frame begins a chunk
+        torch.manual_seed(0)
+        seen = {key: batch[key] if deltas is None else batch[key][:, i] for key in loaded.config.input_features}
+        action = loaded.select_action(batch | seen)
+    torch.testing.assert_close(chunk[:, 0], action)
+
+
+def test_every_imitating_policy_of_lerobot_is_known(in_project):
+    """Each has a configuration that our parameters make; those that learn from rewards are refused."""
+    config, _ = in_project
+    for kind in PreTrainedConfig.get_known_choices().keys() - {"eo1"}:  # whose configuration needs a model of the Hub
+        executed = 1 if kind == "tdmpc" else 8
+        changes = {"type": kind, "config": {}, "weighting": "sampling", "chunk_size": 16, "n_action_steps": executed}
+        settings = config.policy.model_copy(update=changes)
+        if kind in ("tdmpc", "gaussian_actor"):
+            with pytest.raises(ValueError, match=f"policy.type: {kind} learns from rewards, not from demonstrations"):
+                policy.make_config(settings, "cpu")
+            continue
+        made = policy.make_config(settings, "cpu")
+        if kind == "vqbet":  # a chunk from each frame on that it sees, and from some to come
+            assert made.action_chunk_size == 16
+        else:
+            assert len(made.action_delta_indices) == 16
+    other = config.policy.model_copy(
+        update={"type": "lingbot_va", "config": {}, "weighting": "sampling", "chunk_size": 20}
+    )
+    with pytest.raises(ValueError, match=r"policy\.chunk_size: lingbot_va predicts 16 actions, .* set this to 16"):
+        policy.make_config(other, "cpu")
+
+
+def test_a_policy_sees_the_cameras_that_it_is_given(in_project):
+    config, dataset = in_project
+    one = config.policy.model_copy(update={"image_keys": dataset.camera_keys[1:]})
+    frames = policy.frames_for(one, dataset, ("val",), "cpu")
+    made, _, _ = policy.make(one, dataset, "cpu")
+    assert list(made.config.image_features) == list(frames.images) == dataset.camera_keys[1:]
+    with pytest.raises(ValueError, match=r"policy\.image_keys: no camera 'left' in this dataset; it has observation"):
+        policy.make(one.model_copy(update={"image_keys": ["left"]}), dataset, "cpu")
 
 
 def test_parts_that_learn_slower_keep_their_share_of_the_rate(in_project):
@@ -547,10 +606,6 @@ def test_adapters_are_trained_and_saved_alone(in_project, frames, tmp_path, monk
 
 def test_adapters_need_a_policy_and_known_fields(in_project, tmp_path):
     config, _ = in_project
-    with pytest.raises(ValueError, match=r"policy\.type: vqbet predicts no chunk of actions under a name known here"):
-        policy.make_config(
-            config.policy.model_copy(update={"type": "vqbet", "config": {}, "weighting": "sampling"}), "cpu"
-        )
     with pytest.raises(ValueError, match=r"policy\.peft: adapters change a pretrained policy"):
         policy.make_config(config.policy.model_copy(update={"peft": {"r": 2}}), "cpu")
     with pytest.raises(ValueError, match=r"policy\.peft: LeRobot has no rank; it has .*lora_alpha"):

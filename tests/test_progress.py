@@ -1,5 +1,6 @@
 """Scoring: equal to LeRobot's on the same features, and a file that LeRobot reads."""
 
+import json
 import os
 import resource
 import shutil
@@ -7,6 +8,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -74,7 +76,7 @@ def test_the_file_has_lerobot_s_columns_and_says_what_made_it(parts):
     assert schema.metadata[b"reward_model_path"] == b"outputs/sarm"
     made = artifacts.read_provenance(path)
     assert made["fingerprint"] == embeddings.fingerprint
-    assert made["checkpoint"] == checkpoint.checkpoint_digest(config.paths.read("sarm", "03"))
+    assert made["checkpoint"] == artifacts.checkpoint_digest(config.paths.read("sarm", "03"))
     assert len(pq.read_table(path)) == dataset.num_frames
 
 
@@ -278,6 +280,31 @@ def test_progress_of_other_frames_is_refused(in_project, tmp_path):
     pq.write_table(table.slice(0, len(table) - 2), theirs)
     with pytest.raises(ValueError, match="its frames are not those of"):
         lerobot_io.export_progress(theirs, copy, fingerprint(copy))
-    pq.write_table(table.drop(["frame_index"]), theirs)
-    with pytest.raises(ValueError, match="has no column frame_index; which frame is which"):
-        progress.take_progress(tmp_path / "taken.parquet", taken, dataset)
+    column, by = "progress_dense", table.column_names.index
+    values = table[column].to_numpy().copy()
+    values[7] = np.nan
+    holed = table.set_column(by(column), column, pa.array(values))
+    nothing = table.set_column(by(column), column, pa.array(np.full_like(values, np.nan)))
+    numbers = table.set_column(by(column), column, table["index"])
+    doubles = table.set_column(by("episode_index"), "episode_index", table["episode_index"].cast(pa.float64()))
+    of_another = table.replace_schema_metadata({artifacts.PARQUET_KEY: json.dumps({"fingerprint": "another"})})
+    for wrong, changes, said in (
+        (table.drop(["frame_index"]), {}, "has no column frame_index; which frame is which"),
+        (table.drop([column]), {}, "no progress_dense, which rabc.head_mode asks for; it has no progress"),
+        (table, {"head_mode": "sparse"}, r"no progress_sparse, .* it has progress_dense"),
+        (doubles, {}, "episode_index of .* is double; whole numbers say"),
+        (numbers, {}, "progress_dense of .* is int64, not a number from 0 to 1"),
+        (of_another, {}, rf"is the progress of another dataset \(another, {dataset.root.name} is"),
+        (holed, {}, r"is no number in 1 of .* frames, first in episode 0 at frame 7"),
+        (nothing, {"lerobot_compat": True}, "progress_dense of .* is no number in"),
+    ):
+        pq.write_table(wrong, theirs)
+        asked = taken.model_copy(update={"rabc": taken.rabc.model_copy(update=changes)})
+        with pytest.raises(ValueError, match=f"rabc.progress_path: .*{said}"):
+            progress.take_progress(tmp_path / "taken.parquet", asked, dataset)
+    pq.write_table(holed, theirs)
+    asked = taken.model_copy(update={"rabc": taken.rabc.model_copy(update={"lerobot_compat": True})})
+    progress.take_progress(tmp_path / "taken.parquet", asked, dataset)
+    theirs.write_text("index,progress_sparse")
+    with pytest.raises(ValueError, match=r"rabc.progress_path: sarm_progress.parquet is no Parquet file"):
+        progress.take_progress(tmp_path / "other.parquet", taken, dataset)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sarm_lib import charts, checkpoint, rabc
+from sarm_lib import charts, rabc
 from tests.conftest import run_notebook
 
 
@@ -217,7 +217,6 @@ def test_weights_of_the_model_before_weight_nothing(in_project):
     config, dataset = in_project
     path = config.paths.read("rabc_weights.parquet", "05")
     folder = config.paths.read("sarm", "03")
-    assert rabc.model_digest(folder) == checkpoint.checkpoint_digest(folder)
     kept = (folder / "sarm_lib.json").read_text()
     (folder / "sarm_lib.json").write_text(kept + " ")
     try:

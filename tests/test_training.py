@@ -277,6 +277,16 @@ def test_where_every_clock_of_the_val_episodes_is_masked_they_count_all_the_same
     assert found == expected and "no val frame has a τ that is learned" in caplog.text
 
 
+def test_a_split_without_an_annotation_is_named(parts):
+    _, dataset, _, labels, *_ = parts
+    val = [episode.index for episode in dataset.split("val")]
+    listed = ", ".join(map(str, val))
+    with pytest.raises(
+        ValueError, match=rf"none of the {len(val)} val episodes \({listed}\) is annotated: annotate or mark some"
+    ):
+        training.annotated_rows(dataset.split("val"), labels.annotated - set(val))
+
+
 def test_what_is_validated_and_kept_is_the_average_of_the_weights(parts, tmp_path):
     config, dataset, embeddings, labels, _, sampler = parts
     seen = {0.0: [], 0.5: []}

@@ -215,7 +215,7 @@ class Clips:
         feature = {"dtype": "video", "shape": (32, 32, 3), "names": ["height", "width", "channels"]}
         self.features = {self.image_keys[0]: feature}
         if root:
-            self.root = root
+            self.root, self.fingerprint = root, "of clips"
             info = {"fps": fps, "total_frames": sum(lengths), "features": self.features}
             (root / "meta").mkdir(parents=True, exist_ok=True)
             (root / "meta/info.json").write_text(json.dumps(info))

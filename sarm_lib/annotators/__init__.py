@@ -26,7 +26,7 @@ from sarm_lib import annotations, corrections
 from sarm_lib.agreement import not_marked
 from sarm_lib.annotations import Annotation, AnnotationError
 from sarm_lib.artifacts import digest, remove, staged, write_json
-from sarm_lib.dataset import Dataset, Episode, fingerprint
+from sarm_lib.dataset import Dataset, Episode
 from sarm_lib.live import bar
 
 log = logging.getLogger("sarm")
@@ -243,7 +243,7 @@ def waiting(
 
 
 def _folder(annotator: Annotator, dataset: Dataset, vocabulary: dict[str, list[str]], work: Path) -> Path:
-    return work / digest(annotator.identity, vocabulary, fingerprint(dataset.root))
+    return work / digest(annotator.identity, vocabulary, dataset.fingerprint)
 
 
 def _answers(annotator: Annotator, folder: Path, skip_existing: bool) -> Path:

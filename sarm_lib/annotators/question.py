@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from sarm_lib.annotations import SINGLE_STAGE, Annotation, AnnotationError, Segment, validate, whole_episode
-from sarm_lib.artifacts import digest
+from sarm_lib.artifacts import digest, readable
 from sarm_lib.dataset import Dataset, Episode
 
 MAX_STEPS = 1500  # start times to choose from: xgrammar compiles the grammar of so many in two seconds
@@ -228,11 +228,6 @@ def parse(text: str, names: list[str], length: int, fps: float) -> tuple[Segment
         raise AnnotationError(f"the last segment starts at {answer[-1]['start']} seconds, where the video ends")
     ends = [start - 1 for start in starts[1:]] + [length - 1]
     return tuple(Segment(item["subtask"], start, end) for item, start, end in zip(answer, starts, ends))
-
-
-def readable(text: str) -> str:
-    """What somebody said, as text that can be written and read again: half an emoji, "\\ud83d" in JSON, cannot."""
-    return text.encode("utf-8", "replace").decode()
 
 
 # --- an episode's questions -----------------------------------------------------------------------------------------

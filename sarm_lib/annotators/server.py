@@ -22,7 +22,8 @@ import tenacity
 
 from sarm_lib.annotations import Annotation, AnnotationError
 from sarm_lib.annotators import Failure
-from sarm_lib.annotators.question import Interview, Interviewer, Question, jpeg, readable, stamp
+from sarm_lib.annotators.question import Interview, Interviewer, Question, jpeg, stamp
+from sarm_lib.artifacts import readable
 from sarm_lib.dataset import Episode
 
 TOO_MANY = (429, 503)  # requests: the answers of a rate limit, and of a server that is full
