@@ -15,6 +15,7 @@ import io
 import json
 import logging
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -115,7 +116,7 @@ def apply(
     for correction in corrections:
         episode, current = correction.episode, by_episode.get(correction.episode)
         # What is said of a head that this annotation mode does not ask about waits for a mode that does.
-        asked = [head for head, names in vocabulary.items() if names != [SINGLE_STAGE]]
+        asked = asked_heads(vocabulary)
         changed = current is None or not all(
             _alike(current.head(head), was, frames) for head, was in correction.was.items() if head in asked
         )
@@ -134,7 +135,7 @@ def apply(
                 note = f"does not say which {' and '.join(unsaid)} segments were accepted (`was:`): look again"
         else:
             base = current or Annotation(episode, lengths[episode], "manual", None, None)
-            said = {head: given for head, given in correction.segments.items() if head in asked}
+            said = _said(correction.segments, vocabulary)
             heads = {head: said.get(head, base.head(head)) for head in HEADS}
             heads |= _whole(vocabulary, lengths[episode])
             fixed = Annotation(episode, lengths[episode], "corrected", **heads, provenance={"corrects": base.annotator})
@@ -154,6 +155,21 @@ def apply(
                 note = "the annotation beneath has changed since" if changed else correction.why
         outcomes.append(Outcome(episode, correction.verdict, outcome, note))
     return Reviewed([by_episode[i] for i in sorted(by_episode)], sorted(rejected), outcomes)
+
+
+def asked_heads(vocabulary: dict[str, list[str]]) -> list[str]:
+    """Heads that this annotation mode asks people about."""
+    return [head for head, names in vocabulary.items() if names != [SINGLE_STAGE]]
+
+
+def _said(segments: dict[str, Segments], vocabulary: dict[str, list[str]]) -> dict[str, Segments]:
+    """What somebody said of the heads that are asked about. One stage of a mode that did not ask is nobody's word."""
+    return {
+        head: segments[head]
+        for head in asked_heads(vocabulary)
+        if head in segments
+        and ({s.subtask for s in segments[head]} != {SINGLE_STAGE} or SINGLE_STAGE in vocabulary[head])
+    }
 
 
 def _alike(segments: Segments | None, others: Segments, frames: int) -> bool:
@@ -293,7 +309,8 @@ def read_marks(path: Path, dataset: Dataset, vocabulary: dict[str, list[str]]) -
             continue
         if entry.episode not in lengths:
             raise AnnotationError(f"{path.name}, episode {entry.episode}: the dataset has {len(lengths)} episodes")
-        heads = {head: entry.segments.get(head) for head in HEADS} | _whole(vocabulary, lengths[entry.episode])
+        said = _said(entry.segments, vocabulary)
+        heads = {head: said.get(head) for head in HEADS} | _whole(vocabulary, lengths[entry.episode])
         signed = {"who": entry.who, "when": entry.when, "why": entry.why}
         mark = Annotation(entry.episode, lengths[entry.episode], "manual", **heads, provenance=signed)
         try:
@@ -311,9 +328,8 @@ def unfinished(path: Path, dataset: Dataset, vocabulary: dict[str, list[str]]) -
 
 
 def _unfinished(entries: list[MarkEntry], vocabulary: dict[str, list[str]]) -> dict[int, dict[str, Segments]]:
-    asked = {head for head, names in vocabulary.items() if names != [SINGLE_STAGE]}
-    said = {entry.episode: entry.segments for entry in entries}
-    return {episode: heads for episode, heads in said.items() if heads.keys() & asked and asked - heads.keys()}
+    asked, said = len(asked_heads(vocabulary)), {entry.episode: _said(entry.segments, vocabulary) for entry in entries}
+    return {episode: heads for episode, heads in said.items() if 0 < len(heads) < asked}
 
 
 def contents(path: Path) -> Any:
@@ -400,19 +416,24 @@ def _explain(path: Path, kind: Kind, content: Any, error: ValidationError) -> st
 
 def _refuse_other_names(path: Path, entries: list[MarkEntry], vocabulary: dict[str, list[str]]) -> None:
     """Raise AnnotationError with what to write where, if marks use names that `params.yaml` does not (any more)."""
-    for head, names in vocabulary.items():
-        users: dict[str, list[int]] = {}
-        for entry in entries if names != [SINGLE_STAGE] else ():
-            for segment in entry.segments.get(head, ()):
+    for head in asked_heads(vocabulary):
+        names, users = vocabulary[head], {}
+        for entry in entries:
+            for segment in _said(entry.segments, vocabulary).get(head, ()):
                 users.setdefault(segment.subtask, []).append(entry.episode)
         unknown, unused = [n for n in users if n not in names], [n for n in names if n not in users]
         if unknown:
-            old, same = unknown[0], len(unknown) == len(unused)
-            new = repr(unused[0]) if same else f"one of {', '.join(map(repr, unused or names))}"
+            old, episodes = unknown[0], ", ".join(map(str, dict.fromkeys(users[unknown[0]])))
+            new = repr(unused[0]) if len(unknown) == len(unused) else f"one of {', '.join(map(repr, unused))}"
             raise AnnotationError(
-                f"{path.name}, episode {users[old][0]}, {head}: {old!r} is none of annotate.{head}_subtasks "
-                f"({', '.join(names)}). If it was renamed there, write {new} in place of {old!r} throughout {path.name} "
-                f"({len(users[old])} times, episodes {', '.join(map(str, dict.fromkeys(users[old])))})."
+                f"{path.name}, episode {users[old][0]}, {head}: {old!r} is none of annotate.{head}_subtasks ({', '.join(names)}). "
+                + (
+                    f"If it was renamed there, write {new} in place of {old!r} throughout {path.name} "
+                    if unused
+                    else "It stands there "
+                )
+                + f"({len(users[old])} times, episodes {episodes}). If it was dropped, split or joined with another, mark these episodes "
+                "anew: take their entries out, or name another file in annotate.marks."
             )
 
 
@@ -443,20 +464,38 @@ def _yaml(path: Path) -> Any:
 # --- writing ------------------------------------------------------------------------------------------------------------
 
 
-def record_correction(path: Path, dataset: Dataset, correction: Correction) -> None:
+def record_correction(path: Path, dataset: Dataset, correction: Correction, heads: Collection[str] = HEADS) -> Verdict:
     """Write a correction into `path`, in place of an earlier one of that episode. Raises AnnotationError where the file
-    cannot be read, and leaves it as it is."""
-    entry: dict[str, Any] = {"episode": correction.episode, "verdict": correction.verdict}
-    entry |= _rows(correction.segments) | {"was": _rows(correction.was)}
+    cannot be read, and leaves it as it is.
+
+    heads: those that the person was asked about. What the file says of others stays, so that an acceptance of these may be
+    written as a fix that says both. Returns the verdict that was written.
+    """
+    said = {head: given for head, given in correction.segments.items() if head in heads}
+    seen = {head: given for head, given in correction.was.items() if head in heads}
+    before = next((e for e in _entries(path, "corrections", dataset) if e.episode == correction.episode), None)
+    verdict = correction.verdict
+    if before and verdict != "reject" and before.verdict != "reject":
+        if kept := {head: given for head, given in before.segments.items() if head not in heads}:
+            said, verdict = kept | (said if verdict == "fix" else seen), "fix"
+        seen |= {
+            head: given for head, given in (before.was.segments if before.was else {}).items() if head not in heads
+        }
+    entry: dict[str, Any] = {"episode": correction.episode, "verdict": verdict}
+    entry |= _rows(said) | ({"was": _rows(seen)} if seen else {})
     entry |= _signature(correction.who, correction.when, correction.why)
     _put(path, "corrections", dataset, correction.episode, entry)
+    return verdict
 
 
-def record_mark(path: Path, dataset: Dataset, mark: Annotation, why: str = "") -> None:
+def record_mark(path: Path, dataset: Dataset, mark: Annotation, why: str = "", heads: Collection[str] = HEADS) -> None:
     """Write a marked episode into `path`, in place of an earlier mark of that episode. Raises AnnotationError where the
-    file cannot be read, and leaves it as it is."""
-    heads = _rows({head: mark.head(head) for head in HEADS if mark.head(head)})
-    _put(path, "marks", dataset, mark.episode, {"episode": mark.episode} | heads | _signature(_who(), _now(), why))
+    file cannot be read, and leaves it as it is. heads: those that the person was asked about; what the file says of others
+    stays."""
+    before = next((e.segments for e in _entries(path, "marks", dataset) if e.episode == mark.episode), {})
+    said = {head: mark.head(head) for head in heads if mark.head(head)}
+    rows = _rows({head: given for head, given in before.items() if head not in heads} | said)
+    _put(path, "marks", dataset, mark.episode, {"episode": mark.episode} | rows | _signature(_who(), _now(), why))
 
 
 def withdraw(path: Path, kind: Kind, dataset: Dataset, episode: int) -> None:

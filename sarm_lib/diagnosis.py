@@ -29,8 +29,8 @@ def warnings(statistics: dict[str, float | int], longest: int) -> list[str]:
     found = []
     if statistics["delta_frames"] >= longest:
         found.append(
-            f"Δ is {statistics['delta_frames']} frames and no training episode has more than {longest}: every frame of an episode "
-            "gets the same weight, by its whole gain; lower rabc.delta_frames"
+            f"Δ is {statistics['delta_frames']} frames and no training episode has more than {longest}: no frame has another one so far "
+            "behind it, and weights go by what an episode gains to its end; lower rabc.delta_frames"
         )
     if statistics["kappa"] < 0:
         found.append("κ below 0: frames that lose progress count in full; set rabc.kappa to 0 or more")

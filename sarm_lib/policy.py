@@ -62,6 +62,7 @@ from sarm_lib.artifacts import (
 from sarm_lib.dataset import Dataset, Episode, rows_of
 from sarm_lib.live import bar
 from sarm_lib.losses import SEVERAL_DRAWS, TAKES_NOISE, WeightedLoss, gives_sample_losses, per_sample_loss, sample_noise
+from sarm_lib.processes import new_accelerator
 from sarm_lib.schedule import Average, Estimate, learning_rate
 
 log = logging.getLogger(__name__)
@@ -73,6 +74,7 @@ OTHER_STATE = "observation.other_state"
 VALIDATION_FRAMES, VALIDATION_BATCH = 256, 64
 SPOT_CHECKS = 16
 TRIAL_STEPS = 3
+SAME_POLICY = ("num_workers", "cache_frames", "log_every", "save_every")  # settings that change nothing that is learned
 CHUNK = (
     "chunk_size",
     "horizon",
@@ -92,7 +94,13 @@ def make(settings, dataset: Dataset, device: str) -> tuple[PreTrainedPolicy, Any
     """
     config, statistics = make_config(settings, device), training_statistics(dataset)
     config.input_features = input_features(settings, dataset)
-    policy = make_policy(config, ds_meta=dataset.lerobot_metadata)
+    try:
+        policy = make_policy(config, ds_meta=dataset.lerobot_metadata)
+    except (ValueError, OSError) as error:  # other cameras than it can see, or weights that cannot be fetched
+        raise ValueError(
+            f"policy.type: {settings.type} cannot be made for this dataset, with the cameras {', '.join(cameras(settings, dataset))} "
+            f"(policy.image_keys) and policy.config {settings.config}: {error}"
+        ) from error
     overrides = {}
     if settings.pretrained_path:
         check_weights(policy, settings.pretrained_path)
@@ -171,6 +179,12 @@ def make_config(settings, device: str) -> PreTrainedConfig:
     if not fields.intersection(CHUNK) and ahead != settings.chunk_size:
         raise ValueError(
             f"policy.chunk_size: {settings.type} predicts {ahead} actions, by its own fields (policy.config): set this to {ahead}"
+        )
+    codebook = getattr(made, "n_vqvae_training_steps", 0)  # VQ-BeT
+    if codebook >= settings.steps:
+        raise ValueError(
+            f"policy.config.n_vqvae_training_steps: {settings.type} learns its codebook of actions for {codebook} steps and how to act "
+            f"in those that follow, of which policy.steps: {settings.steps} leaves none"
         )
     return made
 
@@ -635,12 +649,9 @@ def estimate(params, dataset: Dataset, frames: CachedFrames | StreamedFrames, de
 
 def make_accelerator(settings, device: str) -> Accelerator:
     """For one process or many, in the precision that `policy.precision` asks for."""
-    bf16 = settings.precision == "bf16" or (
-        settings.precision == "auto" and device == "cuda" and torch.cuda.is_bf16_supported()
-    )
     # π0 brings language heads that no loss sees. With the view, gradients are not held twice.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True, gradient_as_bucket_view=True)
-    return Accelerator(cpu=device == "cpu", mixed_precision="bf16" if bf16 else "no", kwargs_handlers=[unused])
+    return new_accelerator(settings.precision, device, kwargs_handlers=[unused])
 
 
 def batch_statistics(arm: Arm, rows: np.ndarray) -> dict[str, float]:
@@ -688,7 +699,7 @@ def provenance(arm: Arm, params, dataset: Dataset, seed: int) -> dict[str, Any]:
         "splits": [[episode.index, episode.split] for episode in dataset.episodes],
         "weights": None if arm.weights is None else digest(arm.weights.tobytes().hex(), params.rabc.epsilon),
         "seed": seed,
-        "settings": params.policy.model_dump(exclude={"num_workers", "pretrained_path"}),
+        "settings": params.policy.model_dump(exclude={"pretrained_path", *SAME_POLICY}),
         "pretrained": named and (folder_identity(Path(named)) or named),
         "code": code_digest("policy"),
     }
@@ -705,10 +716,10 @@ def validation_loss(
     policy.train(getattr(policy.config, "use_vae", False))  # ACT's variational loss is there in training only
     rows = rows_of(episodes)
     rows = rows[np.unique(np.linspace(0, len(rows) - 1, VALIDATION_FRAMES).astype(int))]
-    torch.manual_seed(seed)
     parts = [rows[i : i + VALIDATION_BATCH] for i in range(0, len(rows), VALIDATION_BATCH)]
-    total = 0.0
-    for batch in frames.batches(iter(parts)):
+    total, batches = 0.0, frames.batches(iter(parts))
+    torch.manual_seed(seed)  # behind the loader's own draw
+    for batch in batches:
         seen = preprocessor(batch)
         total += float(per_sample_loss(policy, seen).sum() if single else policy.forward(seen)[0] * len(batch["index"]))
     return total / len(rows)

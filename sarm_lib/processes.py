@@ -3,7 +3,8 @@
 from datetime import timedelta
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 
 PATIENCE = timedelta(days=7)  # at a barrier: one may have much more to do than another
 
@@ -13,6 +14,15 @@ def share(device: str | torch.device) -> PartialState:
     if PartialState._shared_state:
         return PartialState()
     return PartialState(cpu=torch.device(device).type == "cpu", timeout=PATIENCE)
+
+
+def new_accelerator(precision: str, device: str, **more) -> Accelerator:
+    """For one process or many, in a `precision` of `params.yaml`: fp32, bf16, or auto. more: what `Accelerator` takes beside."""
+    bf16 = precision == "bf16" or (precision == "auto" and device == "cuda" and torch.cuda.is_bf16_supported())
+    mixed = "bf16" if bf16 else "no"
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed:
+        AcceleratorState._reset_state()  # of an earlier training in this notebook, which has ended
+    return Accelerator(cpu=device == "cpu", mixed_precision=mixed, **more)
 
 
 def own_device(device: str) -> str:

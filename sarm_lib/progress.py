@@ -30,7 +30,6 @@ from sarm_lib.windows import FrameStore, pad_state
 log = logging.getLogger("sarm")
 
 BLOCK = 4096  # frames
-KEYS = {"index", "episode_index", "frame_index"}  # columns that say which frame a row is of
 
 
 @dataclass(frozen=True)
@@ -231,81 +230,6 @@ def ensure_progress(
         remove(work)
     processes.wait_for_everyone()
     return f"scored {dataset.num_frames:,} frames"
-
-
-def take_progress(path: Path, params, dataset: Dataset) -> str:
-    """Make `path` the progress of this dataset's frames, in their order, by the file that `rabc.progress_path` names: ours or
-    LeRobot's, a file here or `hf://datasets/...` as LeRobot takes it. Says what it is.
-
-    Raises ValueError where it is of other frames or not what weights can be made of, and FileNotFoundError.
-    """
-    named = params.rabc.progress_path
-    if named.startswith("hf://"):
-        from lerobot.rewards.sarm.rabc import resolve_hf_path  # which loads LeRobot
-
-        source = Path(resolve_hf_path(named))
-    else:
-        source = params.paths.resolve(named)
-    if not source.is_file():
-        raise FileNotFoundError(f"rabc.progress_path: there is no file {named}")
-    column = f"progress_{'sparse' if params.rabc.head_mode == 'both' else params.rabc.head_mode}"
-    theirs, ours = _read_progress(source, column), dataset.frames
-    made = (read_provenance(source) or {}).get("fingerprint", dataset.fingerprint)
-    if made != dataset.fingerprint:
-        raise ValueError(
-            f"rabc.progress_path: {source.name} is the progress of another dataset ({made}, {dataset.root.name} is "
-            f"{dataset.fingerprint})"
-        )
-    index, asked = theirs["index"].to_numpy(), ours["index"].to_numpy()
-    order = np.argsort(index, kind="stable")
-    row = np.searchsorted(index, asked, "right", sorter=order) - 1  # of a frame that is there twice the last one
-    whole = len(np.unique(index)) == len(asked) or params.base.episodes is not None
-    taken = theirs.take(order[row]) if whole and (row >= 0).all() else theirs.slice(0, 0)
-    if any(not np.array_equal(taken[name].to_numpy(), ours[name].to_numpy()) for name in sorted(KEYS)):
-        raise ValueError(
-            f"rabc.progress_path: {source.name} has {len(theirs):,} frames of other episodes than {dataset.root.name} "
-            f"({len(ours):,} frames): it is the progress of another dataset"
-        )
-    known = np.isfinite(taken[column].to_numpy())
-    if not known.any() or (not known.all() and not params.rabc.lerobot_compat):
-        where = ours.iloc[int(known.argmin())]
-        raise ValueError(
-            f"rabc.progress_path: {column} of {source.name} is no number in {(~known).sum():,} of {len(known):,} frames, first in "
-            f"episode {int(where.episode_index)} at frame {int(where.frame_index)}: have every frame scored (by notebook 05: null), "
-            "or set rabc.lerobot_compat, which gives such frames weight 1 as LeRobot does"
-        )
-    with staged(path) as partial:
-        pq.write_table(taken, partial)
-    return f"took the progress of {len(ours):,} frames from {named}"
-
-
-def _read_progress(source: Path, column: str) -> pa.Table:
-    """A progress file that somebody else made. Raises ValueError for one that does not say which frame is which, or has no
-    `column` of numbers."""
-    try:
-        table = pq.read_table(source)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"rabc.progress_path: {source.name} is no Parquet file ({error})") from error
-    lacking = KEYS - set(table.column_names)
-    if lacking:
-        raise ValueError(
-            f"rabc.progress_path: {source.name} has no column {' and no '.join(sorted(lacking))}; which frame is which?"
-        )
-    if column not in table.column_names:
-        known = [name for name in table.column_names if name.startswith("progress")]
-        raise ValueError(
-            f"rabc.progress_path: {source.name} has no {column}, which rabc.head_mode asks for; it has {', '.join(known) or 'no progress'}"
-        )
-    for name in sorted(KEYS):
-        if not pa.types.is_integer(table.schema.field(name).type):
-            raise ValueError(
-                f"rabc.progress_path: {name} of {source.name} is {table.schema.field(name).type}; whole numbers say which frame is which"
-            )
-    if not pa.types.is_floating(table.schema.field(column).type):
-        raise ValueError(
-            f"rabc.progress_path: {column} of {source.name} is {table.schema.field(column).type}, not a number from 0 to 1"
-        )
-    return table
 
 
 def without_gaps(phi: np.ndarray, episode_index: np.ndarray) -> np.ndarray:

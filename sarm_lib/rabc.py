@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -23,6 +24,7 @@ from sarm_lib.artifacts import PARQUET_KEY, REWARD_MODEL, checkpoint_digest, dig
 from sarm_lib.dataset import Dataset
 
 Head = Literal["sparse", "dense"]
+FRAME = ("episode_index", "frame_index", "index")  # columns that say which frame a row of a progress file is of
 BLOCK = 1 << 18  # frames that are looked at together
 
 
@@ -247,6 +249,84 @@ def compute(
     weight = weights(delta, mean, std, number, epsilon)
     weight[np.isnan(delta)] = 1.0  # only LeRobot's
     return RabcWeights(index, episode_index, frame_index, delta, weight, mean, std, delta_frames, number, epsilon)
+
+
+def take_progress(path: Path, params, dataset: Dataset) -> str:
+    """Make `path` the progress of this dataset's frames, in their order, by the file that `rabc.progress_path` names: ours or
+    LeRobot's, a file here or `hf://datasets/...` as LeRobot takes it. Says what it is.
+
+    Raises ValueError where it is of other frames or not what weights can be made of, and FileNotFoundError.
+    """
+    named = params.rabc.progress_path
+    if named.startswith("hf://"):
+        from lerobot.rewards.sarm.rabc import resolve_hf_path  # which loads LeRobot
+
+        source = Path(resolve_hf_path(named))
+    else:
+        source = params.paths.resolve(named)
+    if not source.is_file():
+        raise FileNotFoundError(f"rabc.progress_path: there is no file {named}")
+    column, said = f"progress_{head_of(params)}", f"rabc.progress_path: {source.name}"
+    theirs, ours = _read_progress(source, column), dataset.frames
+    made = (read_provenance(source) or {}).get("fingerprint", dataset.fingerprint)
+    if made != dataset.fingerprint:
+        raise ValueError(
+            f"{said} is the progress of another dataset ({made}, {dataset.root.name} is {dataset.fingerprint})"
+        )
+    index, asked = theirs["index"].to_numpy(), ours["index"].to_numpy()
+    order = np.argsort(index, kind="stable")
+    row = np.searchsorted(index, asked, "right", sorter=order) - 1  # of a frame that is there twice the last one
+    found = (row >= 0) & (index[order[np.maximum(row, 0)]] == asked) if len(index) else np.zeros(len(asked), dtype=bool)
+    taken = theirs.take(order[row[found]])
+    alike = all(np.array_equal(taken[name].to_numpy(), ours[name].to_numpy()[found]) for name in FRAME)
+    more = len(np.unique(index)) > len(asked) and params.base.episodes is None
+    if more or not alike or not found.any():
+        raise ValueError(
+            f"{said} has {len(theirs):,} frames of other episodes than {dataset.root.name} ({len(ours):,} frames): it is the "
+            "progress of another dataset"
+        )
+    if not found.all():
+        raise ValueError(f"{said} lacks {_first(~found, ours)}: have every frame scored (by notebook 05: null)")
+    values = taken[column].to_numpy()
+    wrong = ~((values >= 0) & (values <= 1)) & ~np.isnan(values)
+    if wrong.any():
+        raise ValueError(f"{said}: {column} is a number from 0 to 1, and is not in {_first(wrong, ours)}")
+    unknown = np.isnan(values)
+    if unknown.all() or (unknown.any() and not params.rabc.lerobot_compat):
+        raise ValueError(
+            f"{said}: {column} is no number in {_first(unknown, ours)}: have every frame scored (by notebook 05: null), or set "
+            "rabc.lerobot_compat, which gives such frames weight 1 as LeRobot does"
+        )
+    with staged(path) as partial:
+        pq.write_table(taken, partial)
+    return f"took the progress of {len(ours):,} frames from {named}"
+
+
+def _read_progress(source: Path, column: str) -> pa.Table:
+    """A progress file that somebody else made. Raises ValueError for one that does not say which frame is which, or has no
+    `column` of numbers."""
+    said = f"rabc.progress_path: {source.name}"
+    try:
+        table = pq.read_table(source)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{said} is no Parquet file ({error})") from error
+    if lacking := [name for name in FRAME if name not in table.column_names]:
+        raise ValueError(f"{said} has no column {' and no '.join(lacking)}; which frame is which?")
+    if column not in table.column_names:
+        known = ", ".join(name for name in table.column_names if name.startswith("progress")) or "no progress"
+        raise ValueError(f"{said} has no {column}, which rabc.head_mode asks for; it has {known}")
+    for name in FRAME:
+        if not pa.types.is_integer(kind := table.schema.field(name).type):
+            raise ValueError(f"{said}: {name} is {kind}; whole numbers say which frame is which")
+    if not pa.types.is_floating(kind := table.schema.field(column).type):
+        raise ValueError(f"{said}: {column} is {kind}, not a number from 0 to 1")
+    return table
+
+
+def _first(rows: np.ndarray, frames: pd.DataFrame) -> str:
+    """How many frames `rows` (N,) bool are, and where the first one is."""
+    where = frames.iloc[int(rows.argmax())]
+    return f"{rows.sum():,} of {len(rows):,} frames, first in episode {int(where.episode_index)} at frame {int(where.frame_index)}"
 
 
 def from_params(path: Path, params, dataset: Dataset, dataset_fingerprint: str | None = None) -> RabcWeights:

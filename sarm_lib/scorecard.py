@@ -276,7 +276,9 @@ def test_episodes(dataset: Dataset, labels: Labels) -> list[Episode]:
     """The annotated test episodes. Raises ValueError where there are none."""
     found = [episode for episode in dataset.split("test") if episode.index in labels.annotated]
     if not found:
-        raise ValueError("no test episode is annotated: annotate some (annotate.episodes) and run 01 and 02 again")
+        raise ValueError(
+            "no test episode is annotated: annotate some (annotate.episodes), or mark some (notebook 01), and run 01 and 02 again"
+        )
     return found
 
 

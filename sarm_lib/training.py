@@ -28,7 +28,7 @@ from sarm_lib.dataset import Dataset, Episode
 from sarm_lib.encoder import Embeddings, Encoder
 from sarm_lib.live import bar
 from sarm_lib.model import Sarm, SarmSpec
-from sarm_lib.processes import share
+from sarm_lib.processes import new_accelerator, share
 from sarm_lib.progress import frame_store, score
 from sarm_lib.schedule import Average, Estimate, learning_rate
 from sarm_lib.stages import Labels, drawn_out, progress
@@ -416,19 +416,12 @@ def make_accelerator(settings, device: str) -> Accelerator:
     tracker = settings.log_with
     if tracker and not importlib.util.find_spec(tracker):
         raise ValueError(f"sarm.log_with: {tracker} is not installed; .venv/bin/uv pip install {tracker}")
-    bf16 = (
-        device == "cuda" and torch.cuda.is_bf16_supported()
-        if settings.precision == "auto"
-        else settings.precision == "bf16"
-    )
     # Heads that a mode does not train, and the stage model of a single stage, have no gradient.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    accelerator = Accelerator(
-        cpu=device == "cpu", mixed_precision="bf16" if bf16 else "no", log_with=tracker, kwargs_handlers=[unused]
-    )
+    made = new_accelerator(settings.precision, device, log_with=tracker, kwargs_handlers=[unused])
     if tracker:
-        accelerator.init_trackers(settings.log_project, config=settings.model_dump(mode="json"))
-    return accelerator
+        made.init_trackers(settings.log_project, config=settings.model_dump(mode="json"))
+    return made
 
 
 @dataclass

@@ -1,16 +1,20 @@
 """Eq 6, 8, 9: LeRobot's numbers where it is right, and what a weight must never be."""
 
+import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sarm_lib import charts, rabc
+from sarm_lib import artifacts, charts, lerobot_io, rabc
+from sarm_lib.dataset import fingerprint, from_params
 from tests.conftest import run_notebook
 
 
@@ -297,3 +301,89 @@ def test_episodes_shorter_than_delta_do_not_decide_what_is_usual(tmp_path):
     assert rabc.compute(tmp_path / "short.parquet", *asked).delta_mean == pytest.approx(15), (
         "where there is nothing else"
     )
+
+
+def test_progress_that_somebody_else_computed_is_known_by_its_frames(in_project, tmp_path, monkeypatch):
+    """LeRobot's own file names no dataset."""
+    config, dataset = in_project
+    root, theirs = config.paths.read("dataset", "02"), tmp_path / "sarm_progress.parquet"
+    copy = tmp_path / "dataset"
+    shutil.copytree(root, copy)
+    table = pq.read_table(config.paths.read("sarm_progress.parquet", "05")).replace_schema_metadata(None)
+    pq.write_table(table, theirs)
+    lerobot_io.export_progress(theirs, copy, fingerprint(copy))
+    assert pq.read_table(copy / "sarm_progress.parquet").equals(table)
+    taken = config.model_copy(update={"rabc": config.rabc.model_copy(update={"progress_path": str(theirs)})})
+    assert "took the progress" in rabc.take_progress(tmp_path / "taken.parquet", taken, dataset)
+    pq.write_table(table.take(np.random.default_rng(0).permutation(len(table))), theirs)
+    rabc.take_progress(tmp_path / "taken.parquet", taken, dataset)
+    assert pq.read_table(tmp_path / "taken.parquet").equals(table), "in the order of the dataset, whatever the file's"
+    monkeypatch.setattr("lerobot.rewards.sarm.rabc.hf_hub_download", lambda repo_id, filename, repo_type: str(theirs))
+    named = taken.rabc.model_copy(update={"progress_path": "hf://datasets/user/name/sarm_progress.parquet"})
+    hub = taken.model_copy(update={"rabc": named})
+    assert "from hf://" in rabc.take_progress(tmp_path / "taken.parquet", hub, dataset)
+
+
+def test_a_part_of_a_dataset_takes_its_part_of_the_progress(in_project, tmp_path):
+    """`base.episodes`, as `make smoke` sets it, beside a file of all episodes."""
+    config, dataset = in_project
+    table = pq.read_table(config.paths.read("sarm_progress.parquet", "05"))
+    pq.write_table(table, tmp_path / "all.parquet")
+    found = {"rabc": config.rabc.model_copy(update={"progress_path": str(tmp_path / "all.parquet")})}
+    few = config.model_copy(update=found | {"base": config.base.model_copy(update={"episodes": 3})})
+    part = from_params(few)
+    assert len(part.episodes) == 3 < len(dataset.episodes)
+    rabc.take_progress(tmp_path / "taken.parquet", few, part)
+    assert pq.read_table(tmp_path / "taken.parquet")["index"].to_pylist() == part.frames["index"].tolist()
+    with pytest.raises(ValueError, match="of other episodes than"):
+        rabc.take_progress(tmp_path / "taken.parquet", config.model_copy(update=found), part)
+
+
+def test_progress_of_other_frames_is_refused(in_project, tmp_path):
+    config, dataset = in_project
+    root, theirs = config.paths.read("dataset", "02"), tmp_path / "sarm_progress.parquet"
+    copy = tmp_path / "dataset"
+    shutil.copytree(root, copy)
+    table = pq.read_table(config.paths.read("sarm_progress.parquet", "05")).replace_schema_metadata(None)
+    taken = config.model_copy(update={"rabc": config.rabc.model_copy(update={"progress_path": str(theirs)})})
+    pq.write_table(table.slice(0, 0), theirs)
+    with pytest.raises(ValueError, match="of other episodes than"):
+        rabc.take_progress(tmp_path / "taken.parquet", taken, dataset)
+    pq.write_table(table.slice(0, len(table) - 2), theirs)
+    with pytest.raises(ValueError, match="its frames are not those of"):
+        lerobot_io.export_progress(theirs, copy, fingerprint(copy))
+    column, by = "progress_dense", table.column_names.index
+
+    def with_one(value):
+        values = table[column].to_numpy().copy()
+        values[7] = value
+        return table.set_column(by(column), column, pa.array(values))
+
+    holed, nan = with_one(np.nan), np.full(len(table), np.nan, dtype=np.float32)
+    nothing = table.set_column(by(column), column, pa.array(nan))
+    numbers = table.set_column(by(column), column, table["index"])
+    doubles = table.set_column(by("episode_index"), "episode_index", table["episode_index"].cast(pa.float64()))
+    of_another = table.replace_schema_metadata({artifacts.PARQUET_KEY: json.dumps({"fingerprint": "another"})})
+    for wrong, changes, said in (
+        (table.drop(["frame_index"]), {}, "has no column frame_index; which frame is which"),
+        (table.drop([column]), {}, "no progress_dense, which rabc.head_mode asks for; it has no progress"),
+        (table, {"head_mode": "sparse"}, r"no progress_sparse, .* it has progress_dense"),
+        (doubles, {}, "episode_index is double; whole numbers say"),
+        (numbers, {}, "progress_dense is int64, not a number from 0 to 1"),
+        (of_another, {}, rf"is the progress of another dataset \(another, {dataset.root.name} is"),
+        (holed, {}, r"is no number in 1 of .* frames, first in episode 0 at frame 7"),
+        (with_one(np.inf), {"lerobot_compat": True}, r"number from 0 to 1, and is not in 1 of .* at frame 7"),
+        (with_one(1.5), {}, r"number from 0 to 1, and is not in 1 of .* first in episode 0 at frame 7"),
+        (table.slice(0, len(table) - 3), {}, r"lacks 3 of .* frames, first in episode \d+ at frame"),
+        (nothing, {"lerobot_compat": True}, "progress_dense is no number in"),
+    ):
+        pq.write_table(wrong, theirs)
+        asked = taken.model_copy(update={"rabc": taken.rabc.model_copy(update=changes)})
+        with pytest.raises(ValueError, match=f"rabc.progress_path: .*{said}"):
+            rabc.take_progress(tmp_path / "taken.parquet", asked, dataset)
+    pq.write_table(holed, theirs)
+    asked = taken.model_copy(update={"rabc": taken.rabc.model_copy(update={"lerobot_compat": True})})
+    rabc.take_progress(tmp_path / "taken.parquet", asked, dataset)
+    theirs.write_text("index,progress_sparse")
+    with pytest.raises(ValueError, match=r"rabc.progress_path: sarm_progress.parquet is no Parquet file"):
+        rabc.take_progress(tmp_path / "other.parquet", taken, dataset)

@@ -111,7 +111,7 @@ class PropagateAnnotator:
 
     def _decode(self, episode: Episode, probability: np.ndarray, model: Chain, states: list[tuple]) -> Annotation:
         """The annotation that a chain of `states` makes of the probabilities (T, K) of each frame by itself."""
-        evidence = SHARPNESS * np.log(probability)
+        evidence = SHARPNESS * np.log(np.maximum(probability, np.finfo(float).tiny))
         path, begin = best_path(evidence, model), entries(evidence, model)
         reach = max(1, round(WITHIN * self.dataset.fps))
         segments, confidence, doubt = {}, {}, {}

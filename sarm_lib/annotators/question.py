@@ -386,10 +386,11 @@ class Interviewer:
 
     @property
     def picture_size(self) -> tuple[int, int]:
-        """Height and width of the camera's pictures."""
+        """Height and width of the camera's pictures. LeRobot's shapes say them first, unless the names say otherwise."""
         feature = self.dataset.features[self.camera]
-        shape = dict(zip(feature["names"], feature["shape"]))
-        return shape["height"], shape["width"]
+        names, shape = feature.get("names") or (), feature["shape"]
+        first = 1 if names and names[0] in ("channels", "channel", "c") else 0
+        return tuple(shape[first : first + 2])
 
 
 def jpeg(frame: np.ndarray) -> bytes:

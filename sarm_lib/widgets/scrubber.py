@@ -13,7 +13,7 @@ import traitlets
 from PIL import Image
 
 from sarm_lib import corrections as files
-from sarm_lib.annotations import SINGLE_STAGE, Annotation, AnnotationError, Segment, validate, violations
+from sarm_lib.annotations import Annotation, AnnotationError, Segment, validate, violations
 from sarm_lib.charts import STAGE_COLOURS, annotated_episode, middles
 from sarm_lib.dataset import Dataset
 from sarm_lib.widgets.player import Player, source
@@ -148,6 +148,7 @@ class Scrubber(Player):
         if (corrections is None) == (marks is None):
             raise ValueError("give either corrections (to verify annotations) or marks (to mark episodes)")
         self._vocabulary, self._annotations = vocabulary, {a.episode: a for a in annotations}
+        self._asked = files.asked_heads(vocabulary)
         self._path = Path(corrections if marks is None else marks)
         self._history: dict[int, list[Heads]] = {}  # of an episode: as annotated first, as shown last
         self._saved: dict[int, Heads] = {}  # as the annotation or the file says
@@ -275,11 +276,11 @@ class Scrubber(Player):
             raise AnnotationError(
                 "what is shown differs from the annotation: save it as a fix, or undo the edits first"
             )
-        self._record(files.of_now(raw, "accept", why=why), "accepted")
+        self._record(files.of_now(raw, "accept", why=why))
 
     def fix(self, why: str = "") -> None:
         """Save the segments as shown: a fix of the annotation, or a mark."""
-        if all(names == [SINGLE_STAGE] for names in self._vocabulary.values()):
+        if not self._asked:
             raise AnnotationError(
                 "base.annotation_mode: single_stage has one stage from the first frame to the last, and nothing to fix: accept "
                 "the episode, or reject it"
@@ -294,14 +295,14 @@ class Scrubber(Player):
         shown = Annotation(self.episode, length, "manual", **both)
         validate(shown, self._vocabulary, length)
         if self.mode == "mark":
-            files.record_mark(self._path, self._dataset, shown, why)
+            files.record_mark(self._path, self._dataset, shown, why, self._asked)
             self._settle("marked", why)
             return
         raw = self._annotations.get(self.episode) or Annotation(self.episode, length, "manual", None, None)
         changed = self._changed_heads()
         if not changed:
             raise AnnotationError("nothing differs from the annotation: accept it, or edit it first")
-        self._record(files.of_now(raw, "fix", {head: self._shown[head] for head in changed}, why), "fixed")
+        self._record(files.of_now(raw, "fix", {head: self._shown[head] for head in changed}, why))
 
     def reject(self, why: str = "") -> None:
         """Take the episode out of training."""
@@ -309,7 +310,7 @@ class Scrubber(Player):
             raise AnnotationError("an episode that is marked cannot be rejected: leave it unmarked")
         length = self._episodes[self.episode].length
         raw = self._annotations.get(self.episode) or Annotation(self.episode, length, "manual", None, None)
-        self._record(files.of_now(raw, "reject", why=why), "rejected")
+        self._record(files.of_now(raw, "reject", why=why))
 
     def withdraw(self) -> None:
         """Take what was said about this episode out of the file; the segments shown stay as a draft."""
@@ -349,7 +350,7 @@ class Scrubber(Player):
                 continue
             self._start(correction.episode)
             base = self._history[correction.episode][0]
-            said = {head: correction.segments.get(head, base[head]) for head in self._vocabulary}
+            said = base | {h: given for h, given in correction.segments.items() if h in self._asked}
             note = f"{outcome.outcome}: {outcome.note}" if outcome.outcome in files.UNSETTLED else ""
             if outcome.outcome == "fixed":
                 self._save(said, correction.episode)
@@ -394,9 +395,9 @@ class Scrubber(Player):
         return self._history[self.episode][-1]
 
     def _changed_heads(self) -> list[str]:
-        """Heads that are shown otherwise than they were annotated."""
+        """Heads that people are asked about and that are shown otherwise than they were annotated."""
         raw = self._annotations.get(self.episode)
-        return [head for head, segments in self._shown.items() if raw is None or segments != raw.head(head)]
+        return [head for head in self._asked if raw is None or self._shown[head] != raw.head(head)]
 
     def _boundaries(self, head: str) -> list[Boundary]:
         return boundaries(self._shown[head], self.length)
@@ -416,9 +417,9 @@ class Scrubber(Player):
             self.status = ""
             self._publish()
 
-    def _record(self, correction: files.Correction, state: str) -> None:
-        files.record_correction(self._path, self._dataset, correction)
-        self._settle(state, correction.why)
+    def _record(self, correction: files.Correction) -> None:
+        verdict = files.record_correction(self._path, self._dataset, correction, self._asked)
+        self._settle({"accept": "accepted", "fix": "fixed", "reject": "rejected"}[verdict], correction.why)
 
     def _settle(self, state: str, why: str) -> None:
         """After a file was written."""
