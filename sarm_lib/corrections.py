@@ -378,6 +378,8 @@ def _entries(path: Path, kind: Kind, dataset: Dataset) -> list:
     if path.is_dir():
         raise AnnotationError(f"the file of {kind} is {path}, a folder: name a file")
     content = _yaml(path)
+    if content is None:  # nothing, or comments alone
+        return []
     try:
         file = FORMS[kind].model_validate(content)
     except ValidationError as error:
@@ -443,17 +445,27 @@ def _whole(vocabulary: dict[str, list[str]], length: int) -> dict[str, Segments]
 
 
 @lru_cache(maxsize=8)  # who accepts one episode after another reads each time what was written the time before
-def _values(text: str) -> Any:
+def _parsed(text: str) -> tuple[Any, Any]:
+    """A text's nodes, which know where they stand in it, and what it says."""
     from ruamel.yaml import YAML
+    from ruamel.yaml.constructor import SafeConstructor
 
-    return YAML(typ="safe", pure=True).load(io.StringIO(text))
+    class KeepsTheNodes(SafeConstructor):
+        def get_single_data(self) -> Any:
+            self.nodes = self.composer.get_single_node()
+            return None if self.nodes is None else self.construct_document(self.nodes)
+
+    yaml = YAML(typ="safe", pure=True)
+    yaml.Constructor = KeepsTheNodes
+    values = yaml.load(io.StringIO(text))
+    return yaml.constructor.nodes, values
 
 
 def _yaml(path: Path) -> Any:
     from ruamel.yaml.error import YAMLError
 
     try:
-        return _values(path.read_text())
+        return _parsed(path.read_text())[1]
     except RecursionError:
         raise AnnotationError(f"{path.name} is not YAML of ours: it is nested too deeply") from None
     # ruamel makes dates and numbers of what it reads, or fails to.
@@ -536,7 +548,9 @@ def _put(path: Path, kind: Kind, dataset: Dataset, episode: int, entry: dict | N
     The text is cut at its entries: ruamel ties a comment to what stands before it, and would lose it with that.
     """
     before = _entries(path, kind, dataset)
-    text = path.read_text() if path.exists() else _dump({"dataset": dataset.fingerprint, kind: None})
+    text = path.read_text() if path.exists() else ""
+    if not path.exists() or _yaml(path) is None:
+        text += _dump({"dataset": dataset.fingerprint, kind: None})
     newline = "\r\n" if path.exists() and b"\r\n" in path.read_bytes() else "\n"
     text = text if text.endswith("\n") else f"{text}\n"
     episodes = [e.episode for e in before]
@@ -564,10 +578,9 @@ def _put(path: Path, kind: Kind, dataset: Dataset, episode: int, entry: dict | N
 def _cut(text: str, kind: Kind, episodes: list[int]) -> tuple[str, list[_Piece], str, int] | None:
     """The text before the entries, which are of these `episodes`, the entries, the text behind them, and the column of their
     dashes; None where entries do not begin on lines of their own."""
-    from ruamel.yaml import YAML
     from ruamel.yaml.nodes import SequenceNode
 
-    key, listed = next(pair for pair in YAML(pure=True).compose(text).value if pair[0].value == kind)
+    key, listed = next(pair for pair in _parsed(text)[0].value if pair[0].value == kind)
     if not isinstance(listed, SequenceNode) and listed.value:  # `null` or `~`, which entries would stand behind
         return None
     items = listed.value if isinstance(listed, SequenceNode) else []

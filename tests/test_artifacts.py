@@ -63,6 +63,7 @@ def test_the_policies_do_not_depend_on_the_reward_model():
         "dataset",
         "live",
         "losses",
+        "processes",
         "schedule",
         "small_pi0",
     }

@@ -476,7 +476,14 @@ def test_every_imitating_policy_of_lerobot_is_known(in_project):
     config, _ = in_project
     for kind in PreTrainedConfig.get_known_choices().keys() - {"eo1"}:  # whose configuration needs a model of the Hub
         executed = 1 if kind == "tdmpc" else 8
-        changes = {"type": kind, "config": {}, "weighting": "sampling", "chunk_size": 16, "n_action_steps": executed}
+        fields = {"n_vqvae_training_steps": 1} if kind == "vqbet" else {}
+        changes = {
+            "type": kind,
+            "config": fields,
+            "weighting": "sampling",
+            "chunk_size": 16,
+            "n_action_steps": executed,
+        }
         settings = config.policy.model_copy(update=changes)
         if kind in ("tdmpc", "gaussian_actor"):
             with pytest.raises(ValueError, match=f"policy.type: {kind} learns from rewards, not from demonstrations"):
@@ -492,6 +499,45 @@ def test_every_imitating_policy_of_lerobot_is_known(in_project):
     )
     with pytest.raises(ValueError, match=r"policy\.chunk_size: lingbot_va predicts 16 actions, .* set this to 16"):
         policy.make_config(other, "cpu")
+
+
+def test_a_codebook_that_takes_every_step_is_refused(in_project):
+    """VQ-BeT would have learned nothing of how to act, and its loss would look well."""
+    config, _ = in_project
+    vqbet = {"type": "vqbet", "weighting": "sampling", "steps": 700}
+    with pytest.raises(
+        ValueError, match=r"n_vqvae_training_steps: .* for 20000 steps .* policy.steps: 700 leaves none"
+    ):
+        policy.make_config(config.policy.model_copy(update={**vqbet, "config": {}}), "cpu")
+    short = config.policy.model_copy(update={**vqbet, "config": {"n_vqvae_training_steps": 100}})
+    assert policy.make_config(short, "cpu").n_vqvae_training_steps == 100
+
+
+def test_cameras_that_a_policy_cannot_see_are_said_with_their_key(in_project):
+    config, dataset = in_project
+    changes = {"type": "vqbet", "weighting": "sampling", "config": {"n_vqvae_training_steps": 1}}
+    with pytest.raises(ValueError, match=r"vqbet cannot be made .* \(policy.image_keys\) .* only one image"):
+        policy.make(config.policy.model_copy(update=changes), dataset, "cpu")
+
+
+def test_what_changes_nothing_that_is_learned_makes_no_other_policy(in_project, frames):
+    config, dataset = in_project
+    bc = config.paths.read("policy/bc", "06")
+    for changes in ({"save_every": 1}, {"log_every": 3}, {"cache_frames": False}, {"num_workers": 2}):
+        asked = config.model_copy(update={"policy": config.policy.model_copy(update=changes)})
+        assert policy.is_trained(policy.Arm("bc"), asked, dataset, bc), changes
+    streamed = policy.StreamedFrames(dataset, dataset.camera_keys, 0, frames.action_deltas)
+    found = [policy.validation_loss(bc, f, dataset.split("val"), 0, "cpu") for f in (frames, streamed)]
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_another_precision_is_taken_within_one_process(in_project):
+    config, _ = in_project
+    mixed = []
+    for precision in ("fp32", "bf16", "fp32"):
+        asked = config.policy.model_copy(update={"precision": precision})
+        mixed.append(policy.make_accelerator(asked, "cpu").mixed_precision)
+    assert mixed == ["no", "bf16", "no"]
 
 
 def test_a_policy_sees_the_cameras_that_it_is_given(in_project):

@@ -14,7 +14,7 @@ from nbclient import NotebookClient
 from PIL import Image
 
 from sarm_lib.annotations import Annotation, AnnotationError, Segment, validate
-from sarm_lib.corrections import of_now, read_corrections, read_marks, record_correction, record_mark
+from sarm_lib.corrections import apply, of_now, read_corrections, read_marks, record_correction, record_mark
 from sarm_lib.dataset import open_dataset
 from sarm_lib.widgets.scrubber import SHORTEST, Scrubber, boundaries, moved, removed, split, spread
 
@@ -474,6 +474,64 @@ def test_marks_that_lack_a_head_are_shown_and_completed(opened, tmp_path):
     view("fix")
     (mark,) = read_marks(path, opened, whole)
     assert mark.sparse[1].start == 6 and mark.dense == dense
+
+
+BOTH = {"sparse": ["near", "far"], "dense": NAMES["dense"]}
+
+
+def in_both(opened, episode):
+    length = opened.episodes[episode].length
+    dense = (Segment("reach", 0, 4), Segment("grasp", 5, 8), Segment("lift", 9, length - 1))
+    return Annotation(episode, length, "test", (Segment("near", 0, 5), Segment("far", 6, length - 1)), dense)
+
+
+def test_marking_dense_only_says_nothing_of_the_other_head_and_keeps_what_was_said(opened, tmp_path):
+    path = tmp_path / "marks.yaml"
+    path.write_text("# nothing yet\n")
+    record_mark(path, opened, in_both(opened, 3))
+    scrubber = Scrubber(opened, [], NAMES, order=[3, 0], marks=path)
+    view = View(scrubber)
+    for episode in (3, 0):
+        scrubber.show_episode(episode)
+        view("move", head="dense", boundary=0, at=3)
+        view("fix")
+        assert scrubber.states[str(episode)] == "marked" and not scrubber.error
+    text = path.read_text()
+    assert text.startswith("# nothing yet") and "task" not in text
+    (mark,) = read_marks(path, opened, BOTH)
+    assert mark.episode == 3 and mark.dense[1].start == 3 and mark.sparse == in_both(opened, 3).sparse
+    waiting = Scrubber(opened, [], BOTH, order=[0, 3], marks=path)
+    assert "nothing is marked for sparse yet" in waiting.status
+    path.write_text(text.replace("dense:", "sparse:\n      - [task, 0, 11]\n    dense:", 1))  # as it was written once
+    assert len(read_marks(path, opened, NAMES)) == 2
+
+
+def test_a_fix_of_one_mode_stays_when_another_mode_corrects_or_accepts(opened, annotations, tmp_path):
+    path, raw = tmp_path / "corrections.yaml", in_both(opened, 3)
+    moved = (Segment("near", 0, 7), Segment("far", 8, raw.length - 1))
+    record_correction(path, opened, of_now(raw, "fix", {"sparse": moved}))
+    for correct in (
+        lambda view: (view("move", head="dense", boundary=0, at=3), view("fix")),
+        lambda view: view("accept"),
+    ):
+        scrubber = Scrubber(opened, annotations, NAMES, order=[3], corrections=path)
+        view = View(scrubber)
+        if scrubber.states.get("3") == "fixed":
+            view("undo")
+        correct(view)
+        assert scrubber.states["3"] == "fixed" and not scrubber.error
+        (said,) = read_corrections(path, opened)
+        assert said.verdict == "fix" and said.segments["sparse"] == moved and said.was["sparse"] == raw.sparse
+        shown = {head: [[s.subtask, s.start, s.end] for s in given] for head, given in said.segments.items()}
+        (kept,) = apply([raw], [said], opened, BOTH).annotations
+        assert kept.sparse == moved and shown["dense"] == view.dense
+    assert said.segments["dense"] == annotations[3].dense, "accepted beside the fix of the other head"
+    scrubber = Scrubber(opened, [], NAMES, order=[7], corrections=path)  # an episode that nobody annotated
+    view = View(scrubber)
+    view("move", head="dense", boundary=0, at=3)
+    view("fix")
+    _, said = read_corrections(path, opened)
+    assert set(said.segments) == {"dense"} and not said.was
 
 
 def test_one_stage_has_nothing_to_fix(opened, tmp_path):
