@@ -115,6 +115,34 @@ def test_people_s_verdicts_reach_training_and_partly_annotated_datasets_are_scor
     assert progress[["progress_dense"]].notna().all().all()
 
 
+def test_who_marks_every_episode_is_offered_every_episode(tmp_path, project):
+    """`manual`: those of test too, without a mark of which notebook 04 has nothing to compare with."""
+    import shutil
+
+    import yaml
+
+    from sarm_lib import annotations, corrections
+
+    copy = shutil.copytree(project, tmp_path / "p", symlinks=True)
+    values = yaml.safe_load((copy / "params.yaml").read_text())
+    values["annotate"] |= {"annotator": "manual", "second_opinion": None}
+    values["verify"]["corrections"] = "corrections.yaml"
+    (copy / "params.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    for name in ("01_annotate", "02_verify", "03_train_sarm"):
+        found = run_notebook(copy, name)
+        if name == "01_annotate":
+            demos, offered, reasons = found["demos"], found["marking"]["order"], found["reasons"]
+    (test, *_), everyone = demos.split("test"), {e.index for e in demos.episodes}
+    assert set(offered) == everyone and reasons[test.index] == "not annotated"
+    with pytest.raises(ValueError, match=r"no test episode is annotated: .*mark some \(notebook 01\)"):
+        run_notebook(copy, "04_visualize")
+    given = annotations.load(project / "outputs/annotations", found["labels"].stage_names, demos)
+    corrections.record_mark(copy / "marks.yaml", demos, next(a for a in given if a.episode == test.index))
+    for name in ("01_annotate", "02_verify", "03_train_sarm", "04_visualize"):
+        found = run_notebook(copy, name)
+    assert [episode.index for episode in found["test"]] == [test.index]
+
+
 @pytest.mark.parametrize("mode", ["single_stage", "dense_only"])
 def test_the_chain_runs_in_every_annotation_mode(tmp_path, tiny, tiny_encoder, mode):
     from sarm_lib.artifacts import read_json
