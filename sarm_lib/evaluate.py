@@ -101,9 +101,12 @@ def _imported(module: str) -> ModuleType:
         raise Unavailable(f"{module} cannot be imported here ({type(error).__name__}: {error})") from error
 
 
-def open_environments(make: Callable[[], gymnasium.Env], number: int) -> list[gymnasium.Env]:
-    """So many environments, each of which has shown a picture. Raises Unavailable where they cannot run here, ValueError
-    where they show something else than LeRobot's do, or do not take the options that they are given."""
+def open_environments(
+    make: Callable[[], gymnasium.Env], number: int, rename_map: dict[str, str] | None = None
+) -> list[gymnasium.Env]:
+    """So many environments, each of which has shown a picture. rename_map: other names of their pictures, those that policies and
+    reward models know. Raises Unavailable where they cannot run here, ValueError where they show something else than LeRobot's do,
+    or do not take the options that they are given."""
     try:
         environments = [make() for _ in range(number)]
         for env in environments:
@@ -119,7 +122,29 @@ def open_environments(make: Callable[[], gymnasium.Env], number: int) -> list[gy
         raise ValueError(
             f"evaluate.environment: it shows {shown}; LeRobot's environments show a dictionary with pixels and agent_pos"
         )
-    return environments
+    if not rename_map:
+        return environments
+    shown = _pictures(first)
+    for name, other in rename_map.items():
+        if name not in shown:
+            raise ValueError(f"evaluate.rename_map: the environment shows no {name!r}; it shows {', '.join(shown)}")
+        if not other.startswith(f"{OBS_IMAGES}."):
+            raise ValueError(f"evaluate.rename_map: {other!r} is no camera's name; those begin with {OBS_IMAGES}.")
+    renamed = functools.partial(_renamed, rename_map=rename_map)
+    return [gymnasium.wrappers.TransformObservation(env, renamed, None) for env in environments]
+
+
+def _pictures(observation: dict[str, Any]) -> dict[str, np.ndarray]:
+    """What an environment shows, under LeRobot's names."""
+    pixels = observation["pixels"]
+    if isinstance(pixels, np.ndarray):
+        return {OBS_IMAGE: pixels}
+    return {f"{OBS_IMAGES}.{camera}": picture for camera, picture in pixels.items()}
+
+
+def _renamed(observation: dict[str, Any], rename_map: dict[str, str]) -> dict[str, Any]:
+    pictures = {rename_map.get(name, name): picture for name, picture in _pictures(observation).items()}
+    return observation | {"pixels": {name.removeprefix(f"{OBS_IMAGES}."): p for name, p in pictures.items()}}
 
 
 def try_environments(params) -> tuple[list[gymnasium.Env], str | None]:
@@ -132,7 +157,8 @@ def try_environments(params) -> tuple[list[gymnasium.Env], str | None]:
         return [], "evaluate.environment names no simulator: actions are compared instead"
     try:
         make = environment(settings.environment, settings.environment_options, params.paths.root)
-        return open_environments(make, min(settings.num_environments, settings.rollouts)), None
+        number = min(settings.num_environments, settings.rollouts)
+        return open_environments(make, number, settings.rename_map), None
     except Unavailable as error:
         return [], f"{error}\nActions are compared instead."
 
@@ -267,7 +293,9 @@ def _check_fit(policy: PreTrainedPolicy, observed: dict[str, torch.Tensor], env:
     missing = [key for key in policy.config.image_features if key not in observed]
     if missing:
         shown = ", ".join(key for key in observed if "image" in key)
-        raise ValueError(f"the policy sees {', '.join(missing)}; the environment shows {shown}")
+        raise ValueError(
+            f"the policy sees {', '.join(missing)}; the environment shows {shown} (evaluate.rename_map gives pictures other names)"
+        )
     taken = getattr(getattr(env, "action_space", None), "shape", None)  # not every environment says
     sizes = [("states", policy.config.robot_state_feature, observed[OBS_STATE].shape[1:])]
     sizes += [("actions", policy.config.action_feature, taken)] if taken else []
@@ -288,14 +316,9 @@ def _copy(observation: dict[str, Any]) -> dict[str, Any]:
 def _recorded(kept: list[dict[str, Any]]) -> tuple[np.ndarray | None, dict[str, np.ndarray]]:
     if not kept:
         return None, {}
-    one_picture = isinstance(kept[0]["pixels"], np.ndarray)
-    cameras = (
-        {OBS_IMAGE: [o["pixels"] for o in kept]}
-        if one_picture
-        else {f"{OBS_IMAGES}.{camera}": [o["pixels"][camera] for o in kept] for camera in kept[0]["pixels"]}
-    )
+    shown = [_pictures(observation) for observation in kept]
     states = np.stack([o["agent_pos"] for o in kept]).astype(np.float32)
-    return states, {key: np.stack(pictures) for key, pictures in cameras.items()}
+    return states, {key: np.stack([pictures[key] for pictures in shown]) for key in shown[0]}
 
 
 # --- what the reward model says of it -----------------------------------------------------------------------------------

@@ -243,6 +243,9 @@ class Evaluate(Section):
 
     environment: str | None  # package.module:Name or a Gymnasium id; None where there is no simulator
     environment_options: dict[str, Any]
+    rename_map: dict[
+        str, str
+    ]  # other names of its pictures: observation.image or observation.images.… to observation.images.…
     rollouts: Positive
     first_seed: Annotated[int, Field(ge=0)]
     num_environments: Positive  # that act together

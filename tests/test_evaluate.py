@@ -19,8 +19,8 @@ class Line(gymnasium.Env):
 
     looked = 0
 
-    def __init__(self, cameras: bool = True) -> None:
-        self.cameras = cameras
+    def __init__(self, cameras: bool = True, named: str = "top") -> None:
+        self.cameras, self.named = cameras, named
 
     def reset(self, *, seed=None, options=None):
         self.at, self.seed = 0.1 * (seed % 5), seed
@@ -33,7 +33,7 @@ class Line(gymnasium.Env):
 
     def _observe(self):
         image = np.full((32, 32, 3), int(255 * min(self.at, 1)), dtype=np.uint8)
-        pixels = {key.removeprefix("observation.images."): image for key in CAMERAS} if self.cameras else image
+        pixels = {self.named: image, "side": image} if self.cameras else image
         return {"pixels": pixels, "agent_pos": np.array([self.at, 0, 0], dtype=np.float32)}
 
 
@@ -56,6 +56,31 @@ def test_rollouts_end_at_success_or_after_so_many_frames(in_project, trained):
     again = list(evaluate.rollouts(trained, environments, [4, 7, 9], 30, "stack the cubes", quiet=True))
     assert [(r.success, r.frames) for r in again] == [(r.success, r.frames) for r in done]
     assert again[0].states is None and not again[0].images
+
+
+def test_pictures_that_an_environment_names_otherwise_get_the_policy_s_names(trained, in_project):
+    config, _ = in_project
+    opened = {}
+    for named, names in ((None, {}), ("left", {"observation.images.left": "observation.images.top"})):
+        options = {"named": named} if named else {}
+        changes = {"environment_options": options, "rename_map": names, "environment": "tests.test_evaluate:Line"}
+        asked = config.model_copy(update={"evaluate": config.evaluate.model_copy(update=changes)})
+        opened[named], why_not = evaluate.try_environments(asked)
+        assert why_not is None
+    first, second = (
+        next(evaluate.rollouts(trained, envs[:1], [3], 8, "stack the cubes", record=True, quiet=True))
+        for envs in opened.values()
+    )
+    assert first.images.keys() == second.images.keys() and np.array_equal(first.states, second.states)
+    for wrong, said in (
+        (
+            {"observation.images.up": "observation.images.top"},
+            "the environment shows no 'observation.images.up'; it shows",
+        ),
+        ({"observation.images.left": "top"}, "'top' is no camera's name; those begin with observation.images."),
+    ):
+        with pytest.raises(ValueError, match=rf"evaluate\.rename_map: {said}"):
+            evaluate.open_environments(evaluate.environment("tests.test_evaluate:Line", {"named": "left"}), 1, wrong)
 
 
 def test_an_environment_that_says_or_shows_too_little_is_an_error(trained, monkeypatch):
