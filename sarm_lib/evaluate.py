@@ -181,7 +181,7 @@ def _load(name: str, source: Path | str, device: str) -> tuple[PreTrainedPolicy,
     try:
         return load(source, device)
     except Exception as error:
-        said = str(error).splitlines()[0][:300]
+        said = (str(error).splitlines() or [type(error).__name__])[0][:300]
         raise ValueError(
             f"the policy {name!r} (notebook 06, or evaluate.policies) cannot be loaded from {source}: {said}"
         ) from error

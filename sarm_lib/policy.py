@@ -75,12 +75,8 @@ VALIDATION_FRAMES, VALIDATION_BATCH = 256, 64
 SPOT_CHECKS = 16
 TRIAL_STEPS = 3
 SAME_POLICY = ("num_workers", "cache_frames", "log_every", "save_every")  # settings that change nothing that is learned
-CHUNK = (
-    "chunk_size",
-    "horizon",
-    "action_chunk_size",
-    "action_horizon",
-)  # LeRobot's policies call its length one of these
+# What LeRobot's policies call the length of their chunks.
+CHUNK = ("chunk_size", "horizon", "action_chunk_size", "action_horizon")
 
 
 # --- the policy -----------------------------------------------------------------------------------------------------

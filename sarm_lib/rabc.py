@@ -24,6 +24,7 @@ from sarm_lib.artifacts import PARQUET_KEY, REWARD_MODEL, checkpoint_digest, dig
 from sarm_lib.dataset import Dataset
 
 Head = Literal["sparse", "dense"]
+ROUNDING = 1e-3  # of half precision, by which progress may leave 0 to 1
 FRAME = ("episode_index", "frame_index", "index")  # columns that say which frame a row of a progress file is of
 BLOCK = 1 << 18  # frames that are looked at together
 
@@ -288,7 +289,7 @@ def take_progress(path: Path, params, dataset: Dataset) -> str:
     if not found.all():
         raise ValueError(f"{said} lacks {_first(~found, ours)}: have every frame scored (by notebook 05: null)")
     values = taken[column].to_numpy()
-    wrong = ~((values >= 0) & (values <= 1)) & ~np.isnan(values)
+    wrong = ~((values >= -ROUNDING) & (values <= 1 + ROUNDING)) & ~np.isnan(values)
     if wrong.any():
         raise ValueError(f"{said}: {column} is a number from 0 to 1, and is not in {_first(wrong, ours)}")
     unknown = np.isnan(values)
