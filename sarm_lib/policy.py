@@ -154,6 +154,9 @@ def make_config(settings, device: str) -> PreTrainedConfig:
         **dict.fromkeys(CHUNK, settings.chunk_size),
         "n_action_steps": settings.n_action_steps,
         "do_mask_loss_for_padding": True,  # Diffusion would learn copies of the last action beyond the end of an episode
+        "n_vqvae_training_steps": max(
+            1, settings.steps * settings.accumulate // 5
+        ),  # of VQ-BeT, which has 20,000 by default
     }
     asked = {name: value for name, value in asked.items() if name in fields and name not in settings.config}
     try:
@@ -176,11 +179,11 @@ def make_config(settings, device: str) -> PreTrainedConfig:
         raise ValueError(
             f"policy.chunk_size: {settings.type} predicts {ahead} actions, by its own fields (policy.config): set this to {ahead}"
         )
-    codebook = getattr(made, "n_vqvae_training_steps", 0)  # VQ-BeT
-    if codebook >= settings.steps:
+    codebook, batches = getattr(made, "n_vqvae_training_steps", 0), settings.steps * settings.accumulate
+    if codebook >= batches:
         raise ValueError(
-            f"policy.config.n_vqvae_training_steps: {settings.type} learns its codebook of actions for {codebook} steps and how to act "
-            f"in those that follow, of which policy.steps: {settings.steps} leaves none"
+            f"policy.config.n_vqvae_training_steps: {settings.type} learns its codebook of actions from {codebook} batches, and how to "
+            f"act from those that follow, of which policy.steps leaves none ({batches} in all)"
         )
     return made
 
@@ -399,8 +402,9 @@ def cached_bytes(settings, dataset: Dataset, splits: tuple[str, ...], device: st
 
 
 def _resolution(config: PreTrainedConfig) -> tuple[int, int] | None:
-    """That of the images a policy sees; None where it takes them as they are."""
-    return getattr(config, "image_resolution", None) or getattr(config, "resize_imgs_with_padding", None)
+    """That of the images a policy sees, if it pads them as `cache_frames` does (SmolVLA pads otherwise); None where it takes them
+    as they are."""
+    return getattr(config, "image_resolution", None)
 
 
 def frames_for(settings, dataset: Dataset, splits: tuple[str, ...], device: str) -> CachedFrames | StreamedFrames:
@@ -533,6 +537,7 @@ def train_arm(
     steps = bar(initial=step, total=settings.steps, desc=f"training {arm.name}", unit="step", quiet=quiet)
     running: list[dict[str, float]] = []
     policy.train()
+    _go_on_with_codebook(policy, step * len(mine))
     while step < settings.steps:
         rows = drawn(step)
         weight = torch.from_numpy(arm.weights[rows]).to(accelerator.device) if draws.scales else None
@@ -769,6 +774,17 @@ def _resume(work: Path, saved, optimizer, scheduler, average: Average) -> tuple[
     average.resume(checkpoint / LIVE, step)
     log.info("resuming at step %d", step)
     return step, read_json(checkpoint / CURVE)
+
+
+def _go_on_with_codebook(policy: PreTrainedPolicy, batches: int) -> None:
+    """VQ-BeT counts the batches of its codebook in no tensor, and freezes it once, when they are through: a checkpoint carries
+    neither."""
+    for module in policy.modules():
+        if hasattr(module, "optimized_steps"):
+            module.optimized_steps = batches
+            if module.discretized:
+                module.eval()
+                module.vq_layer.requires_grad_(requires_grad=False)
 
 
 def _train_config(settings, dataset: Dataset, policy, arm: Arm, seed: int) -> TrainPipelineConfig:

@@ -398,6 +398,11 @@ ACT = {
 }  # fmt: skip
 
 
+VQBET = {"gpt_n_layer": 1, "gpt_n_head": 2, "gpt_hidden_dim": 16, "gpt_input_dim": 16, "gpt_output_dim": 16}
+VQBET |= {"vqvae_embedding_dim": 8, "vqvae_enc_hidden_dim": 8, "n_vqvae_training_steps": 1, "n_obs_steps": 2}
+VQBET |= {"pretrained_backbone_weights": None, "use_group_norm": True, "crop_shape": None}
+
+
 @pytest.mark.parametrize("kind", ["act", "diffusion", "multi_task_dit", "vqbet"])
 def test_a_policy_whose_loss_cannot_be_weighted_learns_from_drawn_frames(
     kind, in_project, tiny_encoder, tmp_path, monkeypatch
@@ -419,10 +424,7 @@ def test_a_policy_whose_loss_cannot_be_weighted_learns_from_drawn_frames(
         "crop_shape": None,
         "spatial_softmax_num_keypoints": 4,
     }
-    vqbet = {"gpt_n_layer": 1, "gpt_n_head": 2, "gpt_hidden_dim": 16, "gpt_input_dim": 16, "gpt_output_dim": 16}
-    vqbet |= {"vqvae_embedding_dim": 8, "vqvae_enc_hidden_dim": 8, "n_vqvae_training_steps": 1, "n_obs_steps": 2}
-    vqbet |= {key: diffusion[key] for key in ("pretrained_backbone_weights", "use_group_norm", "crop_shape")}
-    sizes = {"act": ACT, "diffusion": diffusion, "multi_task_dit": dit, "vqbet": vqbet}[kind]
+    sizes = {"act": ACT, "diffusion": diffusion, "multi_task_dit": dit, "vqbet": VQBET}[kind]
     changes = {"type": kind, "config": sizes, "weighting": "sampling", "steps": 2}
     changes["image_keys"] = dataset.camera_keys[:1] if kind == "vqbet" else []  # which takes one camera
     params = config.model_copy(update={"policy": config.policy.model_copy(update=changes)})
@@ -476,10 +478,9 @@ def test_every_imitating_policy_of_lerobot_is_known(in_project):
     config, _ = in_project
     for kind in PreTrainedConfig.get_known_choices().keys() - {"eo1"}:  # whose configuration needs a model of the Hub
         executed = 1 if kind == "tdmpc" else 8
-        fields = {"n_vqvae_training_steps": 1} if kind == "vqbet" else {}
         changes = {
             "type": kind,
-            "config": fields,
+            "config": {},
             "weighting": "sampling",
             "chunk_size": 16,
             "n_action_steps": executed,
@@ -504,13 +505,46 @@ def test_every_imitating_policy_of_lerobot_is_known(in_project):
 def test_a_codebook_that_takes_every_step_is_refused(in_project):
     """VQ-BeT would have learned nothing of how to act, and its loss would look well."""
     config, _ = in_project
-    vqbet = {"type": "vqbet", "weighting": "sampling", "steps": 700}
-    with pytest.raises(
-        ValueError, match=r"n_vqvae_training_steps: .* for 20000 steps .* policy.steps: 700 leaves none"
-    ):
-        policy.make_config(config.policy.model_copy(update={**vqbet, "config": {}}), "cpu")
-    short = config.policy.model_copy(update={**vqbet, "config": {"n_vqvae_training_steps": 100}})
-    assert policy.make_config(short, "cpu").n_vqvae_training_steps == 100
+    vqbet = {"type": "vqbet", "weighting": "sampling", "steps": 700, "accumulate": 2}
+
+    def codebook(**fields):
+        asked = config.policy.model_copy(update={**vqbet, "config": fields})
+        return policy.make_config(asked, "cpu").n_vqvae_training_steps
+
+    assert codebook() == 280 and codebook(n_vqvae_training_steps=1000) == 1000
+    with pytest.raises(ValueError, match=r"from 1400 batches, .* of which policy.steps leaves none \(1400 in all\)"):
+        codebook(n_vqvae_training_steps=1400)
+
+
+@pytest.mark.parametrize("stopped_at", [4, 6])  # before the codebook is through, and after
+def test_a_stopped_vqbet_resumes_to_the_same_weights(in_project, tmp_path, monkeypatch, stopped_at):
+    """How far its codebook is stands in no tensor."""
+    config, dataset = in_project
+    fields = VQBET | {"n_vqvae_training_steps": 5}
+    changes = {"type": "vqbet", "config": fields, "weighting": "sampling", "steps": 8, "save_every": 3}
+    changes |= {"image_keys": dataset.camera_keys[:1], "ema_decay": 0.0}
+    params = config.model_copy(update={"policy": config.policy.model_copy(update=changes)})
+    frames, found = policy.frames_for(params.policy, dataset, ("train",), "cpu"), []
+    batch, given = policy.CachedFrames.batch, []
+
+    def stop(self, rows):
+        given.append(1)
+        if len(given) == stopped_at + 1:
+            raise KeyboardInterrupt
+        return batch(self, rows)
+
+    for run in ("one", "two"):
+        monkeypatch.setattr(type(config.paths), "write", lambda _, name, run=run: tmp_path / run / name)
+        arguments = policy.Arm("bc"), params, dataset, frames, "cpu", tmp_path / run / "bc"
+        if run == "two":
+            with monkeypatch.context() as stopping, pytest.raises(KeyboardInterrupt):
+                stopping.setattr(policy.CachedFrames, "batch", stop)
+                policy.train_arm(*arguments)
+        policy.train_arm(*arguments)
+        found.append(load_file(tmp_path / run / "bc/checkpoints/last/pretrained_model/model.safetensors"))
+    one, two = found
+    assert any(key.endswith("discretized") and value for key, value in one.items())
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
 
 
 def test_cameras_that_a_policy_cannot_see_are_said_with_their_key(in_project):
