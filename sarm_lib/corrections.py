@@ -135,7 +135,7 @@ def apply(
                 note = f"does not say which {' and '.join(unsaid)} segments were accepted (`was:`): look again"
         else:
             base = current or Annotation(episode, lengths[episode], "manual", None, None)
-            said = _said(correction.segments, vocabulary)
+            said = said_of(correction.segments, vocabulary)
             heads = {head: said.get(head, base.head(head)) for head in HEADS}
             heads |= _whole(vocabulary, lengths[episode])
             fixed = Annotation(episode, lengths[episode], "corrected", **heads, provenance={"corrects": base.annotator})
@@ -162,14 +162,22 @@ def asked_heads(vocabulary: dict[str, list[str]]) -> list[str]:
     return [head for head, names in vocabulary.items() if names != [SINGLE_STAGE]]
 
 
-def _said(segments: dict[str, Segments], vocabulary: dict[str, list[str]]) -> dict[str, Segments]:
+def said_of(segments: dict[str, Segments], vocabulary: dict[str, list[str]]) -> dict[str, Segments]:
     """What somebody said of the heads that are asked about. One stage of a mode that did not ask is nobody's word."""
     return {
         head: segments[head]
         for head in asked_heads(vocabulary)
-        if head in segments
-        and ({s.subtask for s in segments[head]} != {SINGLE_STAGE} or SINGLE_STAGE in vocabulary[head])
+        if head in segments and (_names_subtasks(segments[head]) or SINGLE_STAGE in vocabulary[head])
     }
+
+
+def _names_subtasks(segments: Segments) -> bool:
+    return {s.subtask for s in segments} != {SINGLE_STAGE}
+
+
+def _of_others(segments: dict[str, Segments], heads: Collection[str]) -> dict[str, Segments]:
+    """What is said of other heads than these."""
+    return {head: given for head, given in segments.items() if head not in heads and _names_subtasks(given)}
 
 
 def _alike(segments: Segments | None, others: Segments, frames: int) -> bool:
@@ -309,7 +317,9 @@ def read_marks(path: Path, dataset: Dataset, vocabulary: dict[str, list[str]]) -
             continue
         if entry.episode not in lengths:
             raise AnnotationError(f"{path.name}, episode {entry.episode}: the dataset has {len(lengths)} episodes")
-        said = _said(entry.segments, vocabulary)
+        said = said_of(entry.segments, vocabulary)
+        if not said and asked_heads(vocabulary):  # marked in another mode
+            continue
         heads = {head: said.get(head) for head in HEADS} | _whole(vocabulary, lengths[entry.episode])
         signed = {"who": entry.who, "when": entry.when, "why": entry.why}
         mark = Annotation(entry.episode, lengths[entry.episode], "manual", **heads, provenance=signed)
@@ -328,7 +338,10 @@ def unfinished(path: Path, dataset: Dataset, vocabulary: dict[str, list[str]]) -
 
 
 def _unfinished(entries: list[MarkEntry], vocabulary: dict[str, list[str]]) -> dict[int, dict[str, Segments]]:
-    asked, said = len(asked_heads(vocabulary)), {entry.episode: _said(entry.segments, vocabulary) for entry in entries}
+    asked, said = (
+        len(asked_heads(vocabulary)),
+        {entry.episode: said_of(entry.segments, vocabulary) for entry in entries},
+    )
     return {episode: heads for episode, heads in said.items() if 0 < len(heads) < asked}
 
 
@@ -421,7 +434,7 @@ def _refuse_other_names(path: Path, entries: list[MarkEntry], vocabulary: dict[s
     for head in asked_heads(vocabulary):
         names, users = vocabulary[head], {}
         for entry in entries:
-            for segment in _said(entry.segments, vocabulary).get(head, ()):
+            for segment in said_of(entry.segments, vocabulary).get(head, ()):
                 users.setdefault(segment.subtask, []).append(entry.episode)
         unknown, unused = [n for n in users if n not in names], [n for n in names if n not in users]
         if unknown:
@@ -485,14 +498,16 @@ def record_correction(path: Path, dataset: Dataset, correction: Correction, head
     """
     said = {head: given for head, given in correction.segments.items() if head in heads}
     seen = {head: given for head, given in correction.was.items() if head in heads}
-    before = next((e for e in _entries(path, "corrections", dataset) if e.episode == correction.episode), None)
+    before = _entry(path, "corrections", dataset, correction.episode)
     verdict = correction.verdict
     if before and verdict != "reject" and before.verdict != "reject":
-        if kept := {head: given for head, given in before.segments.items() if head not in heads}:
+        seen_before = _of_others(before.was.segments if before.was else {}, heads)
+        kept = _of_others(before.segments, heads)
+        if verdict == "fix" and before.verdict == "accept":
+            kept = seen_before
+        if kept:
             said, verdict = kept | (said if verdict == "fix" else seen), "fix"
-        seen |= {
-            head: given for head, given in (before.was.segments if before.was else {}).items() if head not in heads
-        }
+        seen |= seen_before
     entry: dict[str, Any] = {"episode": correction.episode, "verdict": verdict}
     entry |= _rows(said) | ({"was": _rows(seen)} if seen else {})
     entry |= _signature(correction.who, correction.when, correction.why)
@@ -504,15 +519,26 @@ def record_mark(path: Path, dataset: Dataset, mark: Annotation, why: str = "", h
     """Write a marked episode into `path`, in place of an earlier mark of that episode. Raises AnnotationError where the
     file cannot be read, and leaves it as it is. heads: those that the person was asked about; what the file says of others
     stays."""
-    before = next((e.segments for e in _entries(path, "marks", dataset) if e.episode == mark.episode), {})
-    said = {head: mark.head(head) for head in heads if mark.head(head)}
-    rows = _rows({head: given for head, given in before.items() if head not in heads} | said)
+    before = _entry(path, "marks", dataset, mark.episode)
+    kept = _of_others(before.segments, heads) if before else {}
+    rows = _rows(kept | {head: mark.head(head) for head in heads if mark.head(head)})
     _put(path, "marks", dataset, mark.episode, {"episode": mark.episode} | rows | _signature(_who(), _now(), why))
 
 
-def withdraw(path: Path, kind: Kind, dataset: Dataset, episode: int) -> None:
-    """Take the entry of an episode out of the file."""
-    _put(path, kind, dataset, episode, None)
+def withdraw(path: Path, kind: Kind, dataset: Dataset, episode: int, heads: Collection[str] = HEADS) -> None:
+    """Take what the file says of these heads of an episode out of it: the whole entry, unless it has segments of others."""
+    before, entry = _entry(path, kind, dataset, episode), None
+    if before and (kept := _of_others(before.segments, heads)):
+        entry = {"episode": episode} | ({"verdict": "fix"} if kind == "corrections" else {}) | _rows(kept)
+        if kind == "corrections" and before.was and (seen := _of_others(before.was.segments, heads)):
+            entry["was"] = _rows(seen)
+        entry |= _signature(before.who, before.when, before.why)
+    _put(path, kind, dataset, episode, entry)
+
+
+def _entry(path: Path, kind: Kind, dataset: Dataset, episode: int) -> Any:
+    """What the file says of an episode, or None."""
+    return next((entry for entry in _entries(path, kind, dataset) if entry.episode == episode), None)
 
 
 def _signature(who: str, when: str, why: str) -> dict[str, str]:
@@ -549,8 +575,9 @@ def _put(path: Path, kind: Kind, dataset: Dataset, episode: int, entry: dict | N
     """
     before = _entries(path, kind, dataset)
     text = path.read_text() if path.exists() else ""
-    if not path.exists() or _yaml(path) is None:
-        text += _dump({"dataset": dataset.fingerprint, kind: None})
+    if not path.exists() or _yaml(path) is None:  # comments, if anything
+        comments = [line for line in text.splitlines() if not line.strip() or line.lstrip().startswith("#")]
+        text = "".join(f"{line}\n" for line in comments) + _dump({"dataset": dataset.fingerprint, kind: None})
     newline = "\r\n" if path.exists() and b"\r\n" in path.read_bytes() else "\n"
     text = text if text.endswith("\n") else f"{text}\n"
     episodes = [e.episode for e in before]
@@ -567,7 +594,7 @@ def _put(path: Path, kind: Kind, dataset: Dataset, episode: int, entry: dict | N
     with staged(path) as partial:
         partial.write_text(text, newline=newline)
         try:
-            _yaml(partial)
+            _entries(partial, kind, dataset)
         except AnnotationError as error:
             raise AnnotationError(
                 f"{path.name} stays as it was: with this change nobody could read it. Does another entry refer to this one "
@@ -614,6 +641,7 @@ def _lines(entry: dict, column: int, before: str = "") -> str:
     if before:
         old = _round_trip(column).load(before)[0]
         new.ca.items.update({key: comment for key, comment in old.ca.items.items() if key in entry})
+        new.update({key: old[key] for key in entry if key in old and old[key] == entry[key]})  # with comments within
     return _dump([new], column)
 
 

@@ -130,6 +130,11 @@ def open_environments(
             raise ValueError(f"evaluate.rename_map: the environment shows no {name!r}; it shows {', '.join(shown)}")
         if not other.startswith(f"{OBS_IMAGES}."):
             raise ValueError(f"evaluate.rename_map: {other!r} is no camera's name; those begin with {OBS_IMAGES}.")
+    called = [rename_map.get(name, name) for name in shown]
+    if len(set(called)) < len(called):
+        raise ValueError(f"evaluate.rename_map: two pictures would have one name, of {', '.join(called)}")
+    if not isinstance(environments[0], gymnasium.Env):
+        raise ValueError("evaluate.rename_map: the environment is no gymnasium.Env: let it name its pictures itself")
     renamed = functools.partial(_renamed, rename_map=rename_map)
     return [gymnasium.wrappers.TransformObservation(env, renamed, None) for env in environments]
 
@@ -403,6 +408,8 @@ def action_errors(
 ) -> np.ndarray:
     """Mean squared error of the actions that a policy would execute, (episodes,), in the robot's units, on every so many
     frames of each episode. Actions beyond the end of an episode do not count."""
+    if not episodes:
+        raise ValueError("no test episode is left to compare actions on: were all rejected in notebook 02?")
     model, preprocess, postprocess = policy
     model.eval()
     now = frames.action_deltas.index(0)  # Diffusion learns actions of the past too, and answers with those from now on

@@ -31,11 +31,11 @@ def write_annotated_dataset(
         raise ValueError(f"base.dataset is {target}, which is what stage 02 writes: name the dataset it was made from")
     table_columns = columns(annotations, dataset, tuple(proportions))
     with staged(target / "meta") as partial:
-        for source in sorted((dataset.root / "meta").rglob("*")):  # by contents: the source may be write-protected
-            if source.is_file():
-                copy = partial / source.relative_to(dataset.root / "meta")
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(source, copy)
+        for folder, _, names in os.walk(dataset.root / "meta", followlinks=True):
+            copy = partial / Path(folder).relative_to(dataset.root / "meta")
+            copy.mkdir(parents=True)
+            for name in names:
+                shutil.copyfile(Path(folder) / name, copy / name)  # contents alone: the source may be write-protected
         for path in partial.glob("temporal_proportions_*.json"):
             path.unlink()  # of annotations that the source carried
         for path in sorted(partial.glob("episodes/**/*.parquet")):

@@ -293,7 +293,9 @@ def take_progress(path: Path, params, dataset: Dataset) -> str:
     if wrong.any():
         raise ValueError(f"{said}: {column} is a number from 0 to 1, and is not in {_first(wrong, ours)}")
     unknown = np.isnan(values)
-    if unknown.all() or (unknown.any() and not params.rabc.lerobot_compat):
+    if unknown.all():
+        raise ValueError(f"{said}: {column} is no number in any frame: have every frame scored (by notebook 05: null)")
+    if unknown.any() and not params.rabc.lerobot_compat:
         raise ValueError(
             f"{said}: {column} is no number in {_first(unknown, ours)}: have every frame scored (by notebook 05: null), or set "
             "rabc.lerobot_compat, which gives such frames weight 1 as LeRobot does"

@@ -461,6 +461,27 @@ def test_half_an_emoji_of_a_person_s_can_be_written_and_read_again(demos, tmp_pa
     assert read.why == "?"
 
 
+@pytest.mark.parametrize("text", ["", "# mine", "# mine\n", "~", "null\n", "--- # mine\n...\n", "# mine\n\nnull # x"])
+def test_a_file_that_says_nothing_is_begun(demos, tmp_path, text):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    assert corrections.read_corrections(path, demos) == []
+    given = fix(annotation(demos, 3), 9)
+    corrections.record_correction(path, demos, given)
+    (said,) = corrections.read_corrections(path, demos)
+    assert said.segments == given.segments
+    assert path.read_text().startswith("# mine\n") == text.startswith("# mine")
+
+
+def test_comments_beside_the_rows_of_a_head_that_is_kept_stay(demos, tmp_path):
+    path, given = tmp_path / "c.yaml", fix(annotation(demos, 3), 9)
+    corrections.record_correction(path, demos, given)
+    row = path.read_text().splitlines()[5]
+    path.write_text(path.read_text().replace(row, f"{row}  # slips here", 1))
+    corrections.record_correction(path, demos, replace(given, verdict="accept", segments={}), heads=("dense",))
+    assert f"{row}  # slips here\n" in path.read_text() and "verdict: fix" in path.read_text()
+
+
 def test_marks_that_lack_a_head_wait_until_it_is_marked(demos, tmp_path, caplog):
     """Marked in `dense_only`, asked for in `dual`."""
     path, both = tmp_path / "m.yaml", {"sparse": ["reach", "grasp"], "dense": ["near", "close"]}

@@ -77,6 +77,7 @@ def test_pictures_that_an_environment_names_otherwise_get_the_policy_s_names(tra
             {"observation.images.up": "observation.images.top"},
             "the environment shows no 'observation.images.up'; it shows",
         ),
+        ({"observation.images.left": "observation.images.side"}, "two pictures would have one name, of"),
         ({"observation.images.left": "top"}, "'top' is no camera's name; those begin with observation.images."),
     ):
         with pytest.raises(ValueError, match=rf"evaluate\.rename_map: {said}"):

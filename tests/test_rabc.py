@@ -375,7 +375,7 @@ def test_progress_of_other_frames_is_refused(in_project, tmp_path):
         (with_one(np.inf), {"lerobot_compat": True}, r"number from 0 to 1, and is not in 1 of .* at frame 7"),
         (with_one(1.5), {}, r"number from 0 to 1, and is not in 1 of .* first in episode 0 at frame 7"),
         (table.slice(0, len(table) - 3), {}, r"lacks 3 of .* frames, first in episode \d+ at frame"),
-        (nothing, {"lerobot_compat": True}, "progress_dense is no number in"),
+        (nothing, {"lerobot_compat": True}, "progress_dense is no number in any frame"),
     ):
         pq.write_table(wrong, theirs)
         asked = taken.model_copy(update={"rabc": taken.rabc.model_copy(update=changes)})

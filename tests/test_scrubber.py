@@ -534,6 +534,39 @@ def test_a_fix_of_one_mode_stays_when_another_mode_corrects_or_accepts(opened, a
     assert set(said.segments) == {"dense"} and not said.was
 
 
+def test_what_was_said_in_both_modes_outlives_a_withdrawal_in_one(opened, annotations, tmp_path):
+    marks, path, raw = tmp_path / "marks.yaml", tmp_path / "corrections.yaml", in_both(opened, 3)
+    moved = (Segment("near", 0, 7), Segment("far", 8, raw.length - 1))
+    record_mark(marks, opened, raw)
+    record_correction(path, opened, of_now(raw, "fix", {"sparse": moved, "dense": raw.dense[:1]}))
+    for file, shown in (("marks", []), ("corrections", annotations)):
+        View(Scrubber(opened, shown, NAMES, order=[3], **{file: marks if file == "marks" else path}))("withdraw")
+    assert "dense" not in marks.read_text() and read_marks(marks, opened, NAMES) == []
+    assert "nothing is marked for dense yet" in Scrubber(opened, [], BOTH, order=[3], marks=marks).status
+    (said,) = read_corrections(path, opened)
+    assert said.segments == {"sparse": moved} and said.was == {"sparse": raw.sparse}
+    for file, shown in (("marks", []), ("corrections", [raw])):
+        View(Scrubber(opened, shown, BOTH, order=[3], **{file: marks if file == "marks" else path}))("withdraw")
+    assert read_corrections(path, opened) == [] and "near" not in marks.read_text()
+
+
+def test_an_accepted_head_stays_accepted_when_the_other_is_fixed_in_another_mode(opened, annotations, tmp_path):
+    path, raw = tmp_path / "corrections.yaml", in_both(opened, 3)
+    record_correction(path, opened, of_now(raw, "accept"))
+    view = View(Scrubber(opened, annotations, NAMES, order=[3], corrections=path))
+    view("move", head="dense", boundary=0, at=3)
+    view("fix")
+    other = replace(raw, sparse=(Segment("near", 0, 8), Segment("far", 9, raw.length - 1)))
+    (kept,) = apply([other], read_corrections(path, opened), opened, BOTH).annotations
+    assert kept.sparse == raw.sparse and kept.dense[1].start == 3
+
+
+def test_a_head_that_is_not_asked_about_is_not_edited(view, scrubber):
+    view("activate", head="sparse")
+    view("split", frame=5)
+    assert "does not ask about sparse segments" in scrubber.error and len(scrubber.segments["sparse"]) == 1
+
+
 def test_one_stage_has_nothing_to_fix(opened, tmp_path):
     length = opened.episodes[3].length
     raw = Annotation(3, length, "test", (Segment("task", 0, length - 1),), None)

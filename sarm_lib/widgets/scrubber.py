@@ -317,7 +317,7 @@ class Scrubber(Player):
         if self.episode not in self._verdicts:
             raise AnnotationError(f"{self._path.name} says nothing about episode {self.episode}")
         kind = "corrections" if self.mode == "verify" else "marks"
-        files.withdraw(self._path, kind, self._dataset, self.episode)
+        files.withdraw(self._path, kind, self._dataset, self.episode, self._asked)
         del self._verdicts[self.episode]
         self._saved[self.episode] = self._history[self.episode][0]
         self.why, self.status = "", f"episode {self.episode}: taken out of {self._path.name}"
@@ -350,7 +350,7 @@ class Scrubber(Player):
                 continue
             self._start(correction.episode)
             base = self._history[correction.episode][0]
-            said = base | {h: given for h, given in correction.segments.items() if h in self._asked}
+            said = base | files.said_of(correction.segments, self._vocabulary)
             note = f"{outcome.outcome}: {outcome.note}" if outcome.outcome in files.UNSETTLED else ""
             if outcome.outcome == "fixed":
                 self._save(said, correction.episode)
@@ -412,6 +412,10 @@ class Scrubber(Player):
         self.selected = next((i for i, b in enumerate(self._boundaries(self.head)) if b.at == at), -1)
 
     def _edit(self, head: str, segments: Segments) -> None:
+        if self._asked and head not in self._asked:
+            raise AnnotationError(
+                f"base.annotation_mode does not ask about {head} segments: the whole episode is one stage"
+            )
         if segments != self._shown[head]:
             self._history[self.episode].append(self._shown | {head: segments})
             self.status = ""
