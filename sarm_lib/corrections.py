@@ -525,8 +525,9 @@ def record_mark(path: Path, dataset: Dataset, mark: Annotation, why: str = "", h
     _put(path, "marks", dataset, mark.episode, {"episode": mark.episode} | rows | _signature(_who(), _now(), why))
 
 
-def withdraw(path: Path, kind: Kind, dataset: Dataset, episode: int, heads: Collection[str] = HEADS) -> None:
-    """Take what the file says of these heads of an episode out of it: the whole entry, unless it has segments of others."""
+def withdraw(path: Path, kind: Kind, dataset: Dataset, episode: int, heads: Collection[str] = HEADS) -> bool:
+    """Take what the file says of these heads of an episode out of it: the whole entry, unless it has segments of others.
+    Returns whether it has."""
     before, entry = _entry(path, kind, dataset, episode), None
     if before and (kept := _of_others(before.segments, heads)):
         entry = {"episode": episode} | ({"verdict": "fix"} if kind == "corrections" else {}) | _rows(kept)
@@ -534,6 +535,7 @@ def withdraw(path: Path, kind: Kind, dataset: Dataset, episode: int, heads: Coll
             entry["was"] = _rows(seen)
         entry |= _signature(before.who, before.when, before.why)
     _put(path, kind, dataset, episode, entry)
+    return entry is not None
 
 
 def _entry(path: Path, kind: Kind, dataset: Dataset, episode: int) -> Any:

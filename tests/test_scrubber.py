@@ -540,7 +540,9 @@ def test_what_was_said_in_both_modes_outlives_a_withdrawal_in_one(opened, annota
     record_mark(marks, opened, raw)
     record_correction(path, opened, of_now(raw, "fix", {"sparse": moved, "dense": raw.dense[:1]}))
     for file, shown in (("marks", []), ("corrections", annotations)):
-        View(Scrubber(opened, shown, NAMES, order=[3], **{file: marks if file == "marks" else path}))("withdraw")
+        scrubber = Scrubber(opened, shown, NAMES, order=[3], **{file: marks if file == "marks" else path})
+        View(scrubber)("withdraw")
+        assert "does not ask about stays" in scrubber.status
     assert "dense" not in marks.read_text() and read_marks(marks, opened, NAMES) == []
     assert "nothing is marked for dense yet" in Scrubber(opened, [], BOTH, order=[3], marks=marks).status
     (said,) = read_corrections(path, opened)

@@ -317,10 +317,12 @@ class Scrubber(Player):
         if self.episode not in self._verdicts:
             raise AnnotationError(f"{self._path.name} says nothing about episode {self.episode}")
         kind = "corrections" if self.mode == "verify" else "marks"
-        files.withdraw(self._path, kind, self._dataset, self.episode, self._asked)
+        stays = files.withdraw(self._path, kind, self._dataset, self.episode, self._asked)
         del self._verdicts[self.episode]
         self._saved[self.episode] = self._history[self.episode][0]
         self.why, self.status = "", f"episode {self.episode}: taken out of {self._path.name}"
+        if stays:
+            self.status += "; what it says of heads that this annotation mode does not ask about stays"
         self._publish()
 
     # --- state --------------------------------------------------------------------------------------------------------
