@@ -1,6 +1,6 @@
 """How sharp should `propagate` decode? Asked of marked and verified episodes alone, without a simulator's truth.
 
-    python -m benchmarks.propagate [--choices 28]       # half an hour on one core; benchmarks/propagate.json
+    python -m benchmarks.propagate [--choices 28]       # under ten minutes on one core; benchmarks/propagate.json
 
 Eight of the marked episodes, of train and val alike, are chosen at random; `propagate` learns from them and annotates the other
 marked ones and those that a person verified (`verify.corrections`). That many times over; frames, boundaries and retries are
