@@ -97,7 +97,7 @@ def measure(folder: Path, stride: int) -> dict[str, float]:
     scored = time.perf_counter()
     train = [episode.index for episode in demos.split("train")]
     head = rabc.head_of(config)
-    weights = rabc.compute(folder / "progress.parquet", head, config.delta_frames, config.rabc.kappa, 1e-6, train)
+    weights = rabc.compute(folder / "progress.parquet", head, config.policy.chunk_size, "mean", 1e-6, train)
     rabc.write_weights(folder / "weights.parquet", weights, {})
     return {
         "checkpoint": model.checkpoint,

@@ -17,31 +17,9 @@ from tqdm import tqdm
 
 from sarm_lib import agreement, annotations, corrections, dataset, encoder, params
 from sarm_lib.annotators import propagate
-from sarm_lib.annotators.sequences import chain
 
 SHARPNESS = (0.35, 0.5, 0.65, 0.8, 1.0)
 LEARNED_FROM = 8
-
-
-class Carrier(propagate.PropagateAnnotator):
-    """`propagate`, taken apart: what is learned once is decoded in many ways. Learns from marks of val too."""
-
-    def __init__(self, demos, embeddings, marks, vocabulary, seed: int, features: np.ndarray) -> None:
-        super().__init__(demos, embeddings, marks, vocabulary, seed)
-        self.marks, self.features = marks, features
-
-    def learn(self, episodes: list) -> None:
-        self.labels, self.states = self._states()
-        where = {episode.index: episode for episode in self.dataset.episodes}
-        examples = [(self.features[where[e].rows], y) for e, y in self.labels.items()]
-        with propagate.one_thread():
-            ensemble = [propagate.train(examples, len(self.states), s) for s in self.members]
-            self.probability = {e.index: propagate.predict(ensemble, self.features[e.rows]) for e in episodes}
-
-    def decode(self, episodes: list) -> list[annotations.Annotation]:
-        order = np.array([[self.names[h].index(n) for h, n in zip(self.heads, s)] for s in self.states])
-        model = chain(list(self.labels.values()), np.lexsort(order.T).argsort())
-        return [self._decode(e, self.probability[e.index], model, self.states) for e in episodes]
 
 
 def known_episodes(config, demos, vocabulary: dict[str, list[str]]) -> tuple[list, dict]:
@@ -69,17 +47,19 @@ def measure(choices: int) -> dict:
     vocabulary = annotations.vocabulary(config)
     embeddings = encoder.open_embeddings(config.paths.read("embeddings", "00_prepare"), demos)
     marks, known = known_episodes(config, demos, vocabulary)
-    features = propagate.PropagateAnnotator(demos, embeddings, marks, vocabulary, seed=0)._features()
+    features = propagate.PropagateAnnotator(demos, embeddings, marks, vocabulary, seed=0).features()
     in_use, rng, found = propagate.SHARPNESS, np.random.default_rng(0), {s: [] for s in SHARPNESS}
     for _ in tqdm(range(choices), unit="choice"):
         chosen = choose(rng, marks, vocabulary)
         others = [e for e in demos.episodes if e.index in known.keys() - {mark.episode for mark in chosen}]
         expected = {e.index: known[e.index].head("dense") for e in others}
-        annotator = Carrier(demos, embeddings, chosen, vocabulary, seed=0, features=features)
-        annotator.learn(others)
+        annotator = propagate.PropagateAnnotator(demos, embeddings, marks, vocabulary, seed=0)
+        annotator.marks = chosen  # of val too, which `propagate` leaves to those who measure it
+        learned = annotator.learn(features)
+        looked_at = [propagate.predict(learned.ensemble, features[episode.rows]) for episode in others]
         for sharpness in SHARPNESS:
             propagate.SHARPNESS = sharpness
-            decoded = annotator.decode(others)
+            decoded = [annotator.decode(e, p, learned) for e, p in zip(others, looked_at, strict=True)]
             found[sharpness] += agreement.compare_all(expected, decoded, "dense", vocabulary["dense"], demos.fps)
     propagate.SHARPNESS = in_use
     rows = []

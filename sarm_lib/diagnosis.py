@@ -76,36 +76,6 @@ def kappa_table(weights: RabcWeights, train: list[int], chosen: float | str, fps
 
 
 @dataclass(frozen=True)
-class SuggestedDelta:
-    """A Δ and why."""
-
-    frames: int
-    because: str
-
-
-def suggested_delta(
-    phi: np.ndarray, weights: RabcWeights, train: list[int], fps: float, chunk_size: int
-) -> SuggestedDelta:
-    """The shortest Δ over which steady progress stands out: long enough that the median episode gains three times the
-    jitter of φ (N,) from frame to frame, and a fifth of a second, in which a robot hardly moves; at most a chunk.
-
-    A short Δ sees where a mistake begins and ends; the paper's 25 frames of 90 s tell little apart but noise.
-    """
-    mine = np.isin(weights.episode_index, train)
-    length = float(np.median([len(rows) for rows in _episodes(weights, train)]))
-    steps = np.diff(phi, n=2)[(weights.episode_index[2:] == weights.episode_index[:-2]) & mine[2:]]
-    steps = steps[np.isfinite(steps)]  # a file of LeRobot's may have gaps
-    jitter = float(np.median(np.abs(steps)) / 0.6745 / math.sqrt(6)) if len(steps) else 0.0
-    visible, shortest = math.ceil(3 * jitter * length), math.ceil(0.2 * fps)
-    frames = int(min(max(visible, shortest, 1), chunk_size))
-    return SuggestedDelta(
-        frames,
-        f"a median episode of {length:.0f} frames gains {1 / length:.4f} a frame, and φ jitters by {jitter:.4f}: three times that "
-        f"takes {visible} frame{'s' * (visible != 1)}; a fifth of a second is {shortest}, a chunk {chunk_size}",
-    )
-
-
-@dataclass(frozen=True)
 class Verdict:
     """Whether RA-BC is likely to help, and why."""
 

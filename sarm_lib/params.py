@@ -35,12 +35,12 @@ Rate = Annotated[float, Field(gt=0)]
 def _kappa(value: Any) -> float | str:
     if isinstance(value, float | int) and not isinstance(value, bool) and math.isfinite(value):
         return float(value)
-    if isinstance(value, str) and re.fullmatch(r"mean(\+2?std)?|(mean_weight|quantile)=(0?\.\d+|[01])", value):
+    if isinstance(value, str) and re.fullmatch(r"auto|mean(\+2?std)?|(mean_weight|quantile)=(0?\.\d+|[01])", value):
         return value
-    raise ValueError("should be a number, mean, mean+std, mean+2std, mean_weight=0.5 or quantile=0.6")
+    raise ValueError("should be a number, auto, mean, mean+std, mean+2std, mean_weight=0.5 or quantile=0.6")
 
 
-Kappa = Annotated[float | str, PlainValidator(_kappa)]  # a number or a rule: `rabc.kappa_of`
+Kappa = Annotated[float | str, PlainValidator(_kappa)]  # a number, a rule (`rabc.kappa_of`) or auto (`rabc.settle`)
 
 
 class ParamsError(ValueError):
@@ -197,7 +197,7 @@ class Rabc(Section):
     precision: Literal["fp32", "bf16"]  # of scoring
     kappa: Kappa
     epsilon: Rate
-    delta_frames: Positive | None  # Δ; None takes the policy's chunk size
+    delta_frames: Positive | Literal["auto"] | None  # Δ; None takes the policy's chunk size, auto is `rabc.settle`
     lerobot_compat: bool  # what LeRobot's RABCWeights gives, defects and all
     num_visualizations: Annotated[int, Field(ge=0)]  # lightest and heaviest frames to show
 
@@ -243,9 +243,8 @@ class Evaluate(Section):
 
     environment: str | None  # package.module:Name or a Gymnasium id; None where there is no simulator
     environment_options: dict[str, Any]
-    rename_map: dict[
-        str, str
-    ]  # other names of its pictures: observation.image or observation.images.… to observation.images.…
+    # Other names of its pictures: observation.image or observation.images.… to observation.images.…
+    rename_map: dict[str, str]
     rollouts: Positive
     first_seed: Annotated[int, Field(ge=0)]
     num_environments: Positive  # that act together
@@ -284,11 +283,6 @@ class Params(Section):
         """The encoder's folder, or its Hub id where there is no such folder."""
         local = self.paths.resolve(self.prepare.encoder)
         return str(local) if local.exists() else self.prepare.encoder
-
-    @property
-    def delta_frames(self) -> int:
-        """Δ of Eq 6 in frames."""
-        return self.rabc.delta_frames or self.policy.chunk_size
 
 
 class Paths:

@@ -154,9 +154,8 @@ def make_config(settings, device: str) -> PreTrainedConfig:
         **dict.fromkeys(CHUNK, settings.chunk_size),
         "n_action_steps": settings.n_action_steps,
         "do_mask_loss_for_padding": True,  # Diffusion would learn copies of the last action beyond the end of an episode
-        "n_vqvae_training_steps": max(
-            1, settings.steps * settings.accumulate // 5
-        ),  # of VQ-BeT, which has 20,000 by default
+        # Of VQ-BeT, which has 20,000 by default.
+        "n_vqvae_training_steps": max(1, settings.steps * settings.accumulate // 5),
     }
     asked = {name: value for name, value in asked.items() if name in fields and name not in settings.config}
     try:

@@ -11,6 +11,7 @@ episode, μ and σ come from all episodes, a frame without progress weighs 1, an
 """
 
 import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -24,6 +25,7 @@ from sarm_lib.artifacts import PARQUET_KEY, REWARD_MODEL, checkpoint_digest, dig
 from sarm_lib.dataset import Dataset
 
 Head = Literal["sparse", "dense"]
+HEALTHY = (0.3, 0.8)  # mean weight, by the guide
 ROUNDING = 1e-3  # of half precision, by which progress may leave 0 to 1
 FRAME = ("episode_index", "frame_index", "index")  # columns that say which frame a row of a progress file is of
 BLOCK = 1 << 18  # frames that are looked at together
@@ -202,18 +204,7 @@ def compute(
     lerobot_compat: what LeRobot's `RABCWeights` gives of the same file. Raises ValueError for a file of another dataset,
     without this head, with a value that is not finite, or whose episodes have frames twice or not at all.
     """
-    made = read_provenance(path)
-    if dataset_fingerprint and made and made.get("fingerprint") != dataset_fingerprint:
-        raise ValueError(
-            f"{path.name} is the progress of another dataset ({made.get('fingerprint')}, this one is {dataset_fingerprint}): "
-            "run 05_compute_rabc"
-        )
-    column = f"progress_{head}"
-    names = pq.read_schema(path).names
-    if column not in names:
-        raise ValueError(
-            f"{path.name} has no {column}; it has {', '.join(n for n in names if n.startswith('progress'))}"
-        )
+    column = _column(path, head, dataset_fingerprint)
     index, episode_index, frame_index, progress = _in_order(path, ["index", "episode_index", "frame_index", column])
     follows = (index[1:] == index[:-1] + 1) | (episode_index[1:] != episode_index[:-1])
     wrong = np.flatnonzero(~follows)
@@ -250,6 +241,22 @@ def compute(
     weight = weights(delta, mean, std, number, epsilon)
     weight[np.isnan(delta)] = 1.0  # only LeRobot's
     return RabcWeights(index, episode_index, frame_index, delta, weight, mean, std, delta_frames, number, epsilon)
+
+
+def _column(path: Path, head: Head, dataset_fingerprint: str | None) -> str:
+    """The column of a progress file that a head's progress is in. Raises ValueError for a file of another dataset or head."""
+    made = read_provenance(path)
+    if dataset_fingerprint and made and made.get("fingerprint") != dataset_fingerprint:
+        raise ValueError(
+            f"{path.name} is the progress of another dataset ({made.get('fingerprint')}, this one is {dataset_fingerprint}): "
+            "run 05_compute_rabc"
+        )
+    column, names = f"progress_{head}", pq.read_schema(path).names
+    if column not in names:
+        raise ValueError(
+            f"{path.name} has no {column}; it has {', '.join(n for n in names if n.startswith('progress'))}"
+        )
+    return column
 
 
 def take_progress(path: Path, params, dataset: Dataset) -> str:
@@ -334,17 +341,95 @@ def _first(rows: np.ndarray, frames: pd.DataFrame) -> str:
 
 def from_params(path: Path, params, dataset: Dataset, dataset_fingerprint: str | None = None) -> RabcWeights:
     """Weights of a progress file as `params.rabc` asks for them."""
+    settled = settle(path, params, dataset, dataset_fingerprint)
+    return _asked_of(path, params, dataset, settled.delta_frames, settled.kappa, dataset_fingerprint)
+
+
+def _asked_of(
+    path: Path, params, dataset: Dataset, delta_frames: int, kappa: float | str, fingerprint: str | None
+) -> RabcWeights:
     settings, train = params.rabc, [episode.index for episode in dataset.split("train")]
     return compute(
-        path,
-        head_of(params),
-        params.delta_frames,
-        settings.kappa,
-        settings.epsilon,
-        train,
-        dataset_fingerprint,
-        settings.lerobot_compat,
+        path, head_of(params), delta_frames, kappa, settings.epsilon, train, fingerprint, settings.lerobot_compat
     )
+
+
+@dataclass(frozen=True)
+class SuggestedDelta:
+    """A Δ and why."""
+
+    frames: int
+    because: str
+
+
+def suggested_delta(
+    phi: np.ndarray, episode_index: np.ndarray, episodes: list[int], fps: float, chunk_size: int
+) -> SuggestedDelta:
+    """The shortest Δ over which steady progress stands out in `episodes`: long enough that the median episode gains three times
+    the jitter of φ (N,) from frame to frame, and a fifth of a second, in which a robot hardly moves; at most a chunk.
+
+    A short Δ sees where a mistake begins and ends; the paper's 25 frames of 90 s tell little apart but noise.
+    """
+    starts = _starts(episode_index)
+    lengths = np.diff(np.r_[starts, len(episode_index)])
+    length = float(np.median(lengths[np.isin(episode_index[starts], episodes)]))
+    mine = np.isin(episode_index[2:], episodes) & (episode_index[2:] == episode_index[:-2])
+    steps = np.diff(phi, n=2)[mine]
+    steps = steps[np.isfinite(steps)]  # a file of LeRobot's may have gaps
+    jitter = float(np.median(np.abs(steps)) / 0.6745 / math.sqrt(6)) if len(steps) else 0.0
+    visible, shortest = math.ceil(3 * jitter * length), math.ceil(0.2 * fps)
+    frames = int(min(max(visible, shortest, 1), chunk_size))
+    return SuggestedDelta(
+        frames,
+        f"a median episode of {length:.0f} frames gains {1 / length:.4f} a frame, and φ jitters by {jitter:.4f}: three times that "
+        f"takes {visible} frame{'s' * (visible != 1)}; a fifth of a second is {shortest}, a chunk {chunk_size}",
+    )
+
+
+@dataclass(frozen=True)
+class Settled:
+    """Δ and κ that weights are made with, and why those where `params.rabc` says `auto`."""
+
+    delta_frames: int
+    kappa: float | str  # a number, or a rule of `kappa_of`
+    because: tuple[str, ...] = ()
+
+
+def chosen_on(dataset: Dataset) -> list[int]:
+    """Episodes on which Δ and κ are chosen: of val, or of train where none is held out, which the reward model knows by heart."""
+    return [episode.index for episode in dataset.split("val") or dataset.split("train")]
+
+
+def settle(path: Path, params, dataset: Dataset, dataset_fingerprint: str | None = None) -> Settled:
+    """What `rabc.delta_frames` and `rabc.kappa` come to for a progress file.
+
+    `auto` looks at the progress of the episodes that `chosen_on` names, and at no label: Δ is `suggested_delta`, κ the first of the
+    guide's three rules by which their mean weight is not above the healthy 0.8, where RA-BC changes little; the last one
+    where none does.
+    """
+    settings, chunk = params.rabc, params.policy.chunk_size
+    delta_frames, kappa, because = settings.delta_frames or chunk, settings.kappa, []
+    episodes, kind = chosen_on(dataset), "validation" if dataset.split("val") else "training"
+    if delta_frames == "auto":
+        column = _column(path, head_of(params), dataset_fingerprint)
+        _, episode_index, phi = _in_order(path, ["index", "episode_index", column])
+        suggested = suggested_delta(phi, episode_index, episodes, dataset.fps, chunk)
+        delta_frames = suggested.frames
+        because.append(f"Δ = {delta_frames} by the {kind} episodes: {suggested.because}")
+    if kappa == "auto":
+        made = _asked_of(path, params, dataset, delta_frames, KAPPA_RULES[0], dataset_fingerprint)
+        r, means, given = made.delta[np.isin(made.episode_index, episodes)], {}, (made.delta_mean, made.delta_std)
+        r = r[np.isfinite(r)]  # LeRobot's file may say nothing of a frame
+        for kappa in KAPPA_RULES[:3]:
+            number = kappa_of(kappa, r, *given, made.epsilon)
+            means[kappa] = float(weights(r, *given, number, made.epsilon).mean())
+            if means[kappa] <= HEALTHY[1]:
+                break
+        said = ", ".join(f"{mean:.2f} by `{rule}`" for rule, mean in means.items())
+        because.append(
+            f"κ by `{kappa}`: the mean weight of the {kind} episodes is {said}; {HEALTHY[1]} or less is healthy"
+        )
+    return Settled(delta_frames, kappa, tuple(because))
 
 
 def _in_order(path: Path, columns: list[str]) -> list[np.ndarray]:
@@ -375,11 +460,14 @@ def provenance(params, dataset: Dataset, checkpoint: str | None = None) -> dict[
         "fingerprint": dataset.fingerprint,
         "training_episodes": digest([episode.index for episode in dataset.split("train")]),  # of which μ, σ and κ are
         "head_mode": head_of(params),
-        "delta_frames": params.delta_frames,
+        "delta_frames": params.rabc.delta_frames or params.policy.chunk_size,
         "kappa": params.rabc.kappa,
         "epsilon": params.rabc.epsilon,
         "lerobot_compat": params.rabc.lerobot_compat,
     }
+    if "auto" in (made["delta_frames"], made["kappa"]):  # what `settle` looks at
+        made["validation_episodes"] = digest([episode.index for episode in dataset.split("val")])
+        made["chunk_size"] = params.policy.chunk_size
     named = {"reward_model_path": params.rabc.reward_model_path, "progress_path": params.rabc.progress_path}
     return made | {key: value for key, value in {**named, "checkpoint": checkpoint}.items() if value}
 

@@ -78,17 +78,6 @@ def test_the_verdict_is_of_what_can_be_filtered():
     )
 
 
-def test_delta_is_long_enough_to_see_progress_over_the_jitter():
-    noise = np.random.default_rng(0).normal(0, 1, 50)
-    found = {}
-    for jitter in (0.0, 0.05, 0.2):
-        computed, phi = weights_of([np.linspace(0, 1, 50) + jitter * noise] * 3)
-        found[jitter] = diagnosis.suggested_delta(phi, computed, [0, 1, 2], FPS, 16)
-    assert found[0.0].frames == math.ceil(0.2 * FPS)  # nothing is quicker than a fifth of a second
-    assert found[0.0].frames < found[0.05].frames < found[0.2].frames == 16  # at most a chunk
-    assert "50 frames" in found[0.05].because
-
-
 class Demos:
     """As much of a dataset as an episode table needs."""
 

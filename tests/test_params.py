@@ -22,8 +22,10 @@ def test_the_repository_s_own_values_load_and_are_found_from_the_notebooks_folde
     ("key", "value", "expected"),
     [
         ("rabc.kapa", 0.1, "rabc.kapa: unknown key. Did you mean kappa?"),
-        ("rabc.kappa", "high", "rabc.kappa: should be a number, mean, mean+std"),
-        ("rabc.kappa", math.nan, "rabc.kappa: should be a number, mean, mean+std"),
+        ("rabc.kappa", "high", "rabc.kappa: should be a number, auto, mean, mean+std"),
+        ("rabc.kappa", math.nan, "rabc.kappa: should be a number, auto, mean, mean+std"),
+        ("rabc.delta_frames", "often", "rabc.delta_frames"),
+        ("rabc.delta_frames", 0, "rabc.delta_frames"),
         ("sarm.learning_rate", math.inf, "sarm.learning_rate: "),
         ("sarm.steps", 1.5, "sarm.steps: input should be a valid integer, found 1.5"),
         ("sarm.steps", True, "sarm.steps: input should be a valid integer, found True"),

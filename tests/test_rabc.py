@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -13,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sarm_lib import artifacts, charts, lerobot_io, rabc
+from sarm_lib import artifacts, charts, lerobot_io, params, rabc
 from sarm_lib.dataset import fingerprint, from_params
 from tests.conftest import run_notebook
 
@@ -113,6 +114,83 @@ def test_rules_set_kappa_as_they_say(delta, target):
 def test_a_rule_that_does_not_exist_is_named(rule):
     with pytest.raises(ValueError, match="is no number and no rule"):
         rabc.kappa_of(rule, np.zeros(3), 0.1, 0.1, 1e-6)
+
+
+def test_delta_is_long_enough_to_see_progress_over_the_jitter():
+    noise, episode, found = np.random.default_rng(0).normal(0, 1, 50), np.repeat([4, 5, 6, 7], 50), {}
+    for jitter in (0.0, 0.05, 0.2):
+        phi = np.r_[np.tile(np.linspace(0, 1, 50) + jitter * noise, 3), 9 * noise]  # the last one is not asked
+        found[jitter] = rabc.suggested_delta(phi, episode, [4, 5, 6], 20, 16)
+    assert found[0.0].frames == 4  # nothing is quicker than a fifth of a second
+    assert found[0.0].frames < found[0.05].frames < found[0.2].frames == 16  # at most a chunk
+    assert "50 frames" in found[0.05].because
+
+
+class Demos:
+    """As much of a dataset as weights ask for: one training episode, the others held out."""
+
+    fps = 10
+
+    def __init__(self, held_out: int) -> None:
+        self.held_out = held_out
+
+    def split(self, name: str) -> list:
+        chosen = {"train": [0], "val": range(1, 1 + self.held_out)}[name]
+        return [SimpleNamespace(index=i) for i in chosen]
+
+
+def settled(tmp_path, walks: list[np.ndarray], held_out: int = 1, **asked) -> rabc.Settled:
+    """What `auto` chooses from episodes with this progress."""
+    columns = [(i, t, phi) for i, walk in enumerate(walks) for t, phi in enumerate(walk)]
+    table = pd.DataFrame(columns, columns=["episode_index", "frame_index", "progress_dense"])
+    table.reset_index().to_parquet(tmp_path / "progress.parquet", index=False)
+    rabc_section = {"rabc.head_mode": "dense", "rabc.kappa": "auto", "rabc.delta_frames": "auto"}
+    config = params.load("params.yaml", rabc_section | {f"rabc.{key}": value for key, value in asked.items()})
+    return rabc.settle(tmp_path / "progress.parquet", config, Demos(held_out))
+
+
+STEADY, HALF = np.linspace(0, 1, 60), np.r_[np.linspace(0, 0.5, 30), np.full(30, 0.5), np.linspace(0.5, 1, 30)]
+
+
+def test_auto_takes_the_guide_s_first_rule_that_is_healthy_for_held_out_episodes(tmp_path):
+    found = settled(tmp_path, [HALF, HALF])
+    assert (found.delta_frames, found.kappa) == (2, "mean") and len(found.because) == 2
+    assert "validation episodes" in found.because[0] and "0.8 or less is healthy" in found.because[1]
+    often = settled(tmp_path, [HALF, STEADY])  # all of it gains more than μ: mean weight 1
+    assert often.kappa == "mean+std" and "1.00 by `mean`" in often.because[1]
+    jump = np.r_[np.linspace(0, 1, 5), np.ones(55)]  # more than any rule's κ, everywhere
+    assert settled(tmp_path, [np.linspace(0, 0.1, 60), jump[:6]]).kappa == "mean+2std"
+
+
+def test_auto_looks_at_held_out_episodes_alone_where_there_are_some(tmp_path):
+    assert settled(tmp_path, [HALF, STEADY], held_out=0).kappa == "mean"
+    assert "training episodes" in settled(tmp_path, [HALF, STEADY], held_out=0).because[0]
+    jitter = np.clip(STEADY + 0.05 * np.random.default_rng(0).normal(size=60), 0, 1)
+    assert settled(tmp_path, [jitter, HALF]).delta_frames < settled(tmp_path, [HALF, jitter]).delta_frames
+
+
+def test_what_is_not_auto_is_as_it_was_asked_for(tmp_path):
+    assert settled(tmp_path, [HALF, HALF], delta_frames=5, kappa=0.3) == rabc.Settled(5, 0.3)
+    assert settled(tmp_path, [HALF, HALF], delta_frames=None, kappa=0.3).delta_frames == 16  # the policy's chunk
+    assert settled(tmp_path, [HALF, HALF], kappa="mean+2std").kappa == "mean+2std"
+    with pytest.raises(ValueError, match="has no progress_sparse; it has progress_dense"):
+        settled(tmp_path, [HALF, HALF], head_mode="sparse")
+
+
+def test_weights_that_were_chosen_by_other_validation_episodes_weight_nothing(in_project, tmp_path):
+    config, dataset = in_project
+    config = config.model_copy(update={"rabc": config.rabc.model_copy(update={"delta_frames": "auto"})})
+    progress, path = config.paths.read("sarm_progress.parquet", "05"), tmp_path / "weights.parquet"
+    made = rabc.from_params(progress, config, dataset, dataset.fingerprint)
+    checkpoint = (artifacts.read_provenance(progress) or {}).get("checkpoint")
+    rabc.write_weights(path, made, rabc.provenance(config, dataset, checkpoint))
+    rabc.weights_of_rows(path, config, dataset)
+    moved = [replace(e, split="test") if e.split == "val" else e for e in dataset.episodes]
+    with pytest.raises(ValueError, match="validation_episodes is "):
+        rabc.weights_of_rows(path, config, replace(dataset, episodes=tuple(moved)))
+    longer = config.model_copy(update={"policy": config.policy.model_copy(update={"chunk_size": 9})})
+    with pytest.raises(ValueError, match="chunk_size is 4, not 9"):
+        rabc.weights_of_rows(path, longer, dataset)
 
 
 def test_lerobot_s_own_class_opens_our_file(in_project):

@@ -13,6 +13,7 @@ mark one or two of them, and run again.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -77,23 +78,25 @@ class PropagateAnnotator:
 
     def annotate(self, episodes: Sequence[Episode]) -> Iterator[Annotation]:
         """Marked episodes as they were marked, all others decoded; both heads, with confidences."""
-        features, labels, states = self._features(), *self._states()
-        where = {episode.index: episode for episode in self.dataset.episodes}
-        examples = [(features[where[e].rows], y) for e, y in labels.items()]
-        order = np.array([[self.names[h].index(n) for h, n in zip(self.heads, s)] for s in states])
-        model = chain(list(labels.values()), np.lexsort(order.T).argsort())
-        with one_thread():
-            ensemble = [train(examples, len(states), s) for s in bar(self.members, desc="learning", unit="member")]
-        marked = {mark.episode: mark for mark in self.marks}
+        features = self.features()
+        learned, marked = self.learn(features), {mark.episode: mark for mark in self.marks}
         for episode in episodes:
             if episode.index in marked:
                 yield marked[episode.index]
             else:
-                with one_thread():
-                    probability = predict(ensemble, features[episode.rows])
-                yield self._decode(episode, probability, model, states)
+                yield self.decode(episode, predict(learned.ensemble, features[episode.rows]), learned)
 
-    def _features(self) -> np.ndarray:
+    def learn(self, features: np.ndarray) -> "Learned":
+        """What the marks teach; features (N, D) of all frames."""
+        labels, states = self._states()
+        where = {episode.index: episode for episode in self.dataset.episodes}
+        examples = [(features[where[e].rows], y) for e, y in labels.items()]
+        order = np.array([[self.names[h].index(n) for h, n in zip(self.heads, s)] for s in states])
+        model = chain(list(labels.values()), np.lexsort(order.T).argsort())
+        members = bar(self.members, desc="learning", unit="member")
+        return Learned([train(examples, len(states), seed) for seed in members], states, model)
+
+    def features(self) -> np.ndarray:
         """(N, D) float32: principal components of the embeddings, states, and how the states change."""
         rows = rows_of(self.dataset.split("train"))
         parts = []
@@ -109,15 +112,15 @@ class PropagateAnnotator:
         states = sorted({pair for pairs in names.values() for pair in pairs})
         return {e: np.array([states.index(pair) for pair in pairs]) for e, pairs in names.items()}, states
 
-    def _decode(self, episode: Episode, probability: np.ndarray, model: Chain, states: list[tuple]) -> Annotation:
-        """The annotation that a chain of `states` makes of the probabilities (T, K) of each frame by itself."""
+    def decode(self, episode: Episode, probability: np.ndarray, learned: "Learned") -> Annotation:
+        """The annotation that the chain makes of the probabilities (T, K) of each frame by itself."""
         evidence = SHARPNESS * np.log(np.maximum(probability, np.finfo(float).tiny))
-        path, begin = best_path(evidence, model), entries(evidence, model)
+        path, begin = best_path(evidence, learned.chain), entries(evidence, learned.chain)
         reach = max(1, round(WITHIN * self.dataset.fps))
         segments, confidence, doubt = {}, {}, {}
         for i, head in enumerate(self.heads):
             names = self.names[head]
-            of_state = np.array([names.index(state[i]) for state in states])
+            of_state = np.array([names.index(state[i]) for state in learned.states])
             segments[head] = segments_of(of_state[path], names, shortest=max(2, reach // 2))
             confidence[head] = tuple(
                 1.0 if s.start == 0 else _probability(begin, of_state == names.index(s.subtask), s.start, reach)
@@ -137,6 +140,15 @@ class PropagateAnnotator:
             {"marks": [mark.episode for mark in self.marks]},
             doubt,
         )
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What a few marks teach: an ensemble that looks at frames, and the order in which its K `states` follow each other."""
+
+    ensemble: "list[TemporalNet]"
+    states: list[tuple[str, ...]]  # the subtask in each head
+    chain: Chain
 
 
 def suggest(dataset: Dataset, embeddings: Embeddings, count: int, split: str = "train") -> list[int]:
@@ -201,6 +213,7 @@ class TemporalNet(nn.Module):
         return self.leave(h)
 
 
+@one_thread()
 def train(examples: list[tuple[np.ndarray, np.ndarray]], states: int, seed: int) -> TemporalNet:
     """One member of the ensemble from (features (T, D), labels (T,)) of the marked episodes."""
     longest, width = max(len(y) for _, y in examples), examples[0][0].shape[1]
@@ -225,6 +238,7 @@ def train(examples: list[tuple[np.ndarray, np.ndarray]], states: int, seed: int)
     return net.eval()
 
 
+@one_thread()
 @torch.no_grad()
 def predict(ensemble: list[TemporalNet], features: np.ndarray) -> np.ndarray:
     """The members' mean probabilities, (T, K) float64."""
