@@ -52,7 +52,7 @@ bench: repro
 	python -m benchmarks.compile
 
 experiment: repro
-	python -m benchmarks.experiment
+	python -m benchmarks.experiment --begin
 
 demo: env
 	python -m demo.record data/demo/assembly

@@ -1,6 +1,7 @@
 """Does RA-BC help, and how much of the way to an oracle does it go? (`make experiment`, resumable)
 
     python -m benchmarks.experiment [--arms bc rabc ...] [--seeds 0 1 2 3 4] [--jobs 2] [--kind test|tune] [--steps N]
+    python -m benchmarks.experiment --begin         # `make experiment`: results of other code or data are put aside
     python -m benchmarks.experiment --policy pi05 --arms bc rabc            # a second policy
     python -m benchmarks.experiment --arms rabc_single top_k                # more arms; runs that are stored stay
     python -m benchmarks.experiment --arms rabc shuffled --anew             # these again, by other weights; other arms stay
@@ -105,10 +106,12 @@ def arm_weights(arm: str, seed: int, config, demos, work: Path):
 
 def single_stage_weights(config, demos, work: Path):
     """Weights by the reward model of one stage that `make scorecard` trains, with the same Δ and the same rule for κ."""
-    from sarm_lib import checkpoint, encoder, progress, rabc
+    from sarm_lib import artifacts, checkpoint, encoder, progress, rabc
 
     model = checkpoint.load_reward_model(config.paths.read(SINGLE_STAGE, "make scorecard"), "cpu")
-    config = config.model_copy(update={"rabc": config.rabc.model_copy(update={"head_mode": "sparse"})})
+    ours = artifacts.read_provenance(config.paths.read("rabc_weights.parquet", "05_compute_rabc"))[rabc.SETTLED]
+    same = {"delta_frames": ours["delta_frames"], "kappa": ours["kappa_rule"], "head_mode": "sparse"}
+    config = config.model_copy(update={"rabc": config.rabc.model_copy(update=same)})
     embeddings = encoder.open_embeddings(config.paths.read("embeddings", "00_prepare"), demos)
     path = work / "single_stage.parquet"
     progress.ensure_progress(path, config, demos, embeddings, model, "single_stage")
@@ -198,16 +201,17 @@ def commit() -> str | None:
 def made_from(arm: str, config) -> dict:
     """What all runs of an arm have in common: the weights, if it reads any, the parameters of `params.yaml` and the code, by
     its digest and by the commit to go back to."""
-    from sarm_lib import artifacts
+    from sarm_lib import artifacts, rabc
 
-    source = None
+    source, parameters = None, [config.policy.model_dump()]
     if arm in ("rabc", "shuffled", "top_k"):
-        source = artifacts.file_digest(config.paths.read("rabc_weights.parquet", "05_compute_rabc"))
+        source = rabc.weights_digest(config.paths.read("rabc_weights.parquet", "05_compute_rabc"))
     if arm == "rabc_single":
         source = artifacts.folder_digest(config.paths.read(SINGLE_STAGE, "make scorecard"))
+        parameters.append(config.rabc.model_dump())  # weights of a file say all of these
     return {
         "weights": source,
-        "parameters": artifacts.digest(config.policy.model_dump(), config.rabc.model_dump()),
+        "parameters": artifacts.digest(*parameters),
         "code": code(config),
         "commit": commit(),
     }
@@ -304,29 +308,47 @@ def stored(
     if not results.exists():
         return {}, origins
     found = json.loads(results.read_text())
-    other = [key for key in common if found.get(key) != common[key]]
-    stays = {arm: value["made_from"] for arm, value in found["arms"].items() if arm not in again}
-    differing = [
-        (arm, key)
-        for arm in origins.keys() & stays.keys()
-        for key in origins[arm].keys() - {"commit"}
-        if stays[arm].get(key) != origins[arm][key]
-    ]
-    other += [f"{key} in {arm}" for arm, key in differing]
+    other, commits = differences(found, common, origins, again)
     if other:
-        commits = sorted({str(stays[arm].get("commit")) for arm, _ in differing} - {"None"})
         where = (
             f", or go on at commit {', '.join(commits)} (git worktree add ../experiment <commit>)" if commits else ""
         )
         raise SystemExit(
-            f"{results.name} has runs with other {', '.join(sorted(other))}: --anew runs these arms again{where}; or move the file away"
+            f"{results.name} has runs with other {', '.join(other)}: --anew runs these arms again, --begin puts the file aside{where}"
         )
+    stays = {arm: value["made_from"] for arm, value in found["arms"].items() if arm not in again}
     runs = {
         arm: {run["seed"]: run | {"succeeded": [int(s) for s in run["succeeded"]]} for run in value["runs"]}
         for arm, value in found["arms"].items()
         if arm not in again
     }
     return runs, {**origins, **stays}
+
+
+def differences(
+    found: dict, common: dict, origins: dict[str, dict], again: Sequence[str] = ()
+) -> tuple[list[str], list[str]]:
+    """In what the runs of a results file differ from those to come, which would be mixed with them; and their commits."""
+    differing = [
+        (arm, key)
+        for arm, value in found["arms"].items()
+        if arm in origins and arm not in again
+        for key in origins[arm].keys() - {"commit"}
+        if value["made_from"].get(key) != origins[arm][key]
+    ]
+    other = [key for key in common if found.get(key) != common[key]] + [f"{key} in {arm}" for arm, key in differing]
+    commits = {str(found["arms"][arm]["made_from"].get("commit")) for arm, _ in differing} - {"None"}
+    return sorted(other), sorted(commits)
+
+
+def put_aside(results: Path) -> Path:
+    """Rename a results file by the commit that it is of; says where it is now."""
+    commits = [value["made_from"].get("commit") for value in json.loads(results.read_text())["arms"].values()]
+    name = f"{results.stem}_{next(filter(None, commits), 'before')}"
+    aside, count = results.with_stem(name), 1
+    while aside.exists():
+        aside, count = results.with_stem(f"{name}-{count}"), count + 1
+    return results.rename(aside)
 
 
 def table(found: dict) -> str:
@@ -369,6 +391,11 @@ def main() -> None:
         "--anew", action="store_true", help="keep the other arms of the results file, and run all seeds of these again"
     )
     parser.add_argument(
+        "--begin",
+        action="store_true",
+        help="put a results file of other code, weights or data aside, and begin a new one",
+    )
+    parser.add_argument(
         "--film", type=Path, help="where to put a moving picture of bc and rabc, instead of running anything"
     )
     arguments = parser.parse_args()
@@ -394,6 +421,9 @@ def main() -> None:
     common = {"settings": settings, "fingerprint": dataset.from_params(config).fingerprint}
     origins = {arm: made_from(arm, config) for arm in arguments.arms}
     reported, again = arguments.kind == "test", arguments.arms if arguments.anew else ()
+    if arguments.begin and reported and results.exists():
+        if differences(json.loads(results.read_text()), common, origins, again)[0]:
+            print(f"results of other code, weights or data: {put_aside(results).name}")
     runs, origins = stored(results, common, origins, again) if reported else ({}, origins)
     jobs = [(arm, seed) for arm, seed in jobs if seed not in runs.get(arm, {})]
     context = multiprocessing.get_context("spawn")

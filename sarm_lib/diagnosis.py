@@ -24,7 +24,7 @@ QUALITY = {"productive": (0,), "recovering": (2,), "bad": (1, 3)}  # values of a
 
 
 def warnings(statistics: dict[str, float | int], longest: int) -> list[str]:
-    """The guide's table of symptoms, in words; empty for a healthy weighting (mean weight 0.3 to 0.8). longest: frames of the
+    """The guide's table of symptoms, in words; empty for a healthy weighting (mean weight in `rabc.HEALTHY`). longest: frames of the
     longest episode that is learned from."""
     found = []
     if statistics["delta_frames"] >= longest:
@@ -42,9 +42,9 @@ def warnings(statistics: dict[str, float | int], longest: int) -> list[str]:
         found.append(
             "mean weight ≈ 1: κ is too low and RA-BC is plain behaviour cloning; raise rabc.kappa towards delta mean"
         )
-    elif statistics["mean_weight"] > 0.8:
+    elif statistics["mean_weight"] > rabc.HEALTHY[1]:
         found.append("mean weight above 0.8: RA-BC changes little; raise rabc.kappa towards delta mean + delta std")
-    elif statistics["mean_weight"] < 0.3:
+    elif statistics["mean_weight"] < rabc.HEALTHY[0]:
         found.append(
             "mean weight below 0.3: few frames are left to learn from; lower rabc.kappa, or another Δ where none helps"
         )
@@ -64,7 +64,7 @@ def kappa_table(weights: RabcWeights, train: list[int], chosen: float | str, fps
     less, table = {"0": 0.0, "mean / 4": weights.delta_mean / 4, "mean / 2": weights.delta_mean / 2}, {}
     for rule, kappa in ((less if weights.delta_mean > 0 else {}) | rules).items():
         weight = rabc.weights(delta, *statistics, kappa, weights.epsilon)
-        table[f"{rule} (rabc.kappa)" if rule == str(chosen) else rule] = {
+        table[f"{rule} (in use)" if rule == str(chosen) else rule] = {
             "κ": kappa,
             "mean weight": weight.mean(),
             "weight 0": (weight == 0).mean(),

@@ -187,7 +187,7 @@ def reach(delta_frames: int, most: float, least: float, light: float) -> str:
 
 def kappas(table: pd.DataFrame, alike: float = 0.01) -> str:
     """Of a table of `diagnosis.kappa_table`: what the chosen κ does to bad stretches, and which least κ does the same."""
-    chosen = table[table.index.str.endswith("(rabc.kappa)")].iloc[0]
+    chosen = table[table.index.str.endswith("(in use)")].iloc[0]
     if not chosen["in bad stretches"] >= 0:
         return "no robot stands still or goes back for long: κ has nothing to tell apart"
     same = table[table["in bad stretches"] <= chosen["in bad stretches"] + alike]

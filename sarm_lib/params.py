@@ -40,7 +40,7 @@ def _kappa(value: Any) -> float | str:
     raise ValueError("should be a number, auto, mean, mean+std, mean+2std, mean_weight=0.5 or quantile=0.6")
 
 
-Kappa = Annotated[float | str, PlainValidator(_kappa)]  # a number, a rule (`rabc.kappa_of`) or auto (`rabc.settle`)
+Kappa = Annotated[float | str, PlainValidator(_kappa)]  # a number, or a rule: `rabc.kappa_of`, `rabc.healthy_rule`
 
 
 class ParamsError(ValueError):
@@ -197,7 +197,7 @@ class Rabc(Section):
     precision: Literal["fp32", "bf16"]  # of scoring
     kappa: Kappa
     epsilon: Rate
-    delta_frames: Positive | Literal["auto"] | None  # Δ; None takes the policy's chunk size, auto is `rabc.settle`
+    delta_frames: Positive | Literal["auto"] | None  # Δ; None is the policy's chunk, auto `rabc.suggested_delta`
     lerobot_compat: bool  # what LeRobot's RABCWeights gives, defects and all
     num_visualizations: Annotated[int, Field(ge=0)]  # lightest and heaviest frames to show
 

@@ -467,7 +467,7 @@ class Draws:
         share = np.ones(len(rows)) if weights is None or not by_weight else weights[rows].astype(np.float64)
         if weights is not None and not (weights[rows] > 0).any():
             raise ValueError(
-                "every training frame has weight 0: there is nothing to learn from (rabc.kappa, notebook 05)"
+                "every training frame has weight 0: there is nothing to learn from. Progress falls everywhere, then: see notebook 05"
             )
         self.cumulative = np.cumsum(share / share.sum())
         self.cumulative[-1] = 1.0

@@ -10,6 +10,7 @@ LeRobot's `RABCWeights` differs in four things, which `lerobot_compat` brings ba
 episode, μ and σ come from all episodes, a frame without progress weighs 1, and κ is a number.
 """
 
+import hashlib
 import json
 import math
 from dataclasses import dataclass, replace
@@ -26,8 +27,10 @@ from sarm_lib.dataset import Dataset
 
 Head = Literal["sparse", "dense"]
 HEALTHY = (0.3, 0.8)  # mean weight, by the guide
+HELD_OUT = "validation episodes (of training ones where none is held out), and the progress file has none"
 ROUNDING = 1e-3  # of half precision, by which progress may leave 0 to 1
 FRAME = ("episode_index", "frame_index", "index")  # columns that say which frame a row of a progress file is of
+SETTLED = "settled"
 BLOCK = 1 << 18  # frames that are looked at together
 
 
@@ -45,6 +48,8 @@ class RabcWeights:
     delta_frames: int
     kappa: float
     epsilon: float
+    kappa_rule: float | str | None = None  # that κ came from, `auto` resolved
+    because: str = ""  # why this rule, where it was `auto`
 
     def of(self, rows: np.ndarray) -> "RabcWeights":
         """Of some frames alone, with the same μ, σ and κ."""
@@ -198,10 +203,11 @@ def compute(
     train_episodes: list[int],
     dataset_fingerprint: str | None = None,
     lerobot_compat: bool = False,
+    held_out: list[int] | None = None,
 ) -> RabcWeights:
     """Weights from a progress file; μ, σ and a rule for κ (`kappa_of`) look at `train_episodes` alone.
 
-    lerobot_compat: what LeRobot's `RABCWeights` gives of the same file. Raises ValueError for a file of another dataset,
+    kappa: `auto` takes the rule that is healthy for the `held_out` episodes (`healthy_rule`). lerobot_compat: what LeRobot's `RABCWeights` gives of the same file. Raises ValueError for a file of another dataset,
     without this head, with a value that is not finite, or whose episodes have frames twice or not at all.
     """
     column = _column(path, head, dataset_fingerprint)
@@ -237,10 +243,17 @@ def compute(
     seen = delta[counted]
     mean = max(float(seen.mean(dtype=np.float64)), 0.0) if len(seen) else 0.0
     std = max(float(seen.std(dtype=np.float64)), epsilon) if len(seen) else epsilon
+    because = ""
+    if kappa == "auto":
+        starts = _starts(episode_index)
+        asked = np.repeat(np.isin(episode_index[starts], held_out or []), np.diff(np.r_[starts, len(index)]))
+        r = delta[telling(episode_index, asked, delta_frames)]
+        kappa, because = healthy_rule(r[np.isfinite(r)], mean, std, epsilon)
     number = kappa_of(kappa, seen, mean, std, epsilon)
     weight = weights(delta, mean, std, number, epsilon)
     weight[np.isnan(delta)] = 1.0  # only LeRobot's
-    return RabcWeights(index, episode_index, frame_index, delta, weight, mean, std, delta_frames, number, epsilon)
+    columns = index, episode_index, frame_index, delta, weight
+    return RabcWeights(*columns, mean, std, delta_frames, number, epsilon, kappa, because)
 
 
 def _column(path: Path, head: Head, dataset_fingerprint: str | None) -> str:
@@ -340,96 +353,91 @@ def _first(rows: np.ndarray, frames: pd.DataFrame) -> str:
 
 
 def from_params(path: Path, params, dataset: Dataset, dataset_fingerprint: str | None = None) -> RabcWeights:
-    """Weights of a progress file as `params.rabc` asks for them."""
-    settled = settle(path, params, dataset, dataset_fingerprint)
-    return _asked_of(path, params, dataset, settled.delta_frames, settled.kappa, dataset_fingerprint)
-
-
-def _asked_of(
-    path: Path, params, dataset: Dataset, delta_frames: int, kappa: float | str, fingerprint: str | None
-) -> RabcWeights:
-    settings, train = params.rabc, [episode.index for episode in dataset.split("train")]
+    """Weights of a progress file as `params.rabc` asks for them; where it says `auto`, chosen on `held_out` episodes by
+    `suggested_delta` and `healthy_rule`, which look at progress and at no label."""
+    settings, head, episodes = params.rabc, head_of(params), held_out(dataset)
+    delta_frames = settings.delta_frames or params.policy.chunk_size
+    if delta_frames == "auto":
+        column = _column(path, head, dataset_fingerprint)
+        _, episode_index, phi = _in_order(path, ["index", "episode_index", column])
+        delta_frames = suggested_delta(phi, episode_index, episodes, dataset.fps, params).frames
+        if delta_frames is None:
+            raise ValueError(f"rabc.delta_frames: auto needs progress of {HELD_OUT}: set a number of frames, or null")
+        del episode_index, phi  # `compute` reads what it needs
     return compute(
-        path, head_of(params), delta_frames, kappa, settings.epsilon, train, fingerprint, settings.lerobot_compat
+        path,
+        head,
+        delta_frames,
+        settings.kappa,
+        settings.epsilon,
+        [episode.index for episode in dataset.split("train")],
+        dataset_fingerprint,
+        settings.lerobot_compat,
+        episodes,
     )
+
+
+def held_out(dataset: Dataset) -> list[int]:
+    """Episodes on which `auto` chooses: of val, or of train where none is held out, which the reward model knows by heart."""
+    return [episode.index for episode in dataset.split("val") or dataset.split("train")]
 
 
 @dataclass(frozen=True)
 class SuggestedDelta:
-    """A Δ and why."""
+    """A Δ and why; None where nothing can be said."""
 
-    frames: int
+    frames: int | None
     because: str
 
 
 def suggested_delta(
-    phi: np.ndarray, episode_index: np.ndarray, episodes: list[int], fps: float, chunk_size: int
+    phi: np.ndarray, episode_index: np.ndarray, episodes: list[int], fps: float, params
 ) -> SuggestedDelta:
     """The shortest Δ over which steady progress stands out in `episodes`: long enough that the median episode gains three times
     the jitter of φ (N,) from frame to frame, and a fifth of a second, in which a robot hardly moves; at most a chunk.
 
-    A short Δ sees where a mistake begins and ends; the paper's 25 frames of 90 s tell little apart but noise.
+    A short Δ sees where a mistake begins and ends; the paper's 25 frames of 90 s tell little apart but noise. Jitter is what
+    bends between three frames that were scored (`rabc.stride`): those between them lie on a line.
     """
+    stride, chunk = params.rabc.stride, params.policy.chunk_size
     starts = _starts(episode_index)
     lengths = np.diff(np.r_[starts, len(episode_index)])
-    length = float(np.median(lengths[np.isin(episode_index[starts], episodes)]))
-    mine = np.isin(episode_index[2:], episodes) & (episode_index[2:] == episode_index[:-2])
-    steps = np.diff(phi, n=2)[mine]
-    steps = steps[np.isfinite(steps)]  # a file of LeRobot's may have gaps
-    jitter = float(np.median(np.abs(steps)) / 0.6745 / math.sqrt(6)) if len(steps) else 0.0
+    chosen = np.isin(episode_index[starts], episodes)
+    mine = np.repeat(chosen, lengths)
+    if not np.isfinite(phi[mine]).any():
+        return SuggestedDelta(None, "there is no progress of validation episodes")
+    length = float(np.median(lengths[chosen]))
+    at = np.arange(len(phi)) - np.repeat(starts, lengths)  # frame of its episode
+    whole = mine & (at >= stride) & (at % stride == 0) & (at + stride < np.repeat(lengths, lengths))
+    rows = np.flatnonzero(whole)
+    bends = phi[rows + stride] - 2 * phi[rows] + phi[rows - stride]
+    bends = bends[np.isfinite(bends)]  # a file of LeRobot's may have gaps
+    jitter = float(np.median(np.abs(bends)) / 0.6745 / math.sqrt(6)) if len(bends) else 0.0
     visible, shortest = math.ceil(3 * jitter * length), math.ceil(0.2 * fps)
-    frames = int(min(max(visible, shortest, 1), chunk_size))
+    frames = int(min(max(visible, shortest, 1), chunk))
+    decides = "a fifth of a second, which is the least" if shortest >= visible else "so that progress stands out"
+    if max(visible, shortest) > chunk:
+        decides = "the policy's chunk, which is the most"
     return SuggestedDelta(
         frames,
-        f"a median episode of {length:.0f} frames gains {1 / length:.4f} a frame, and φ jitters by {jitter:.4f}: three times that "
-        f"takes {visible} frame{'s' * (visible != 1)}; a fifth of a second is {shortest}, a chunk {chunk_size}",
+        f"{decides}. A median episode of {length:.0f} frames gains {1 / length:.4f} a frame, φ jitters by {jitter:.4f}, and three "
+        f"times that takes {visible} frame{'s' * (visible != 1)}; a fifth of a second is {shortest}, a chunk {chunk}",
     )
 
 
-@dataclass(frozen=True)
-class Settled:
-    """Δ and κ that weights are made with, and why those where `params.rabc` says `auto`."""
-
-    delta_frames: int
-    kappa: float | str  # a number, or a rule of `kappa_of`
-    because: tuple[str, ...] = ()
-
-
-def chosen_on(dataset: Dataset) -> list[int]:
-    """Episodes on which Δ and κ are chosen: of val, or of train where none is held out, which the reward model knows by heart."""
-    return [episode.index for episode in dataset.split("val") or dataset.split("train")]
-
-
-def settle(path: Path, params, dataset: Dataset, dataset_fingerprint: str | None = None) -> Settled:
-    """What `rabc.delta_frames` and `rabc.kappa` come to for a progress file.
-
-    `auto` looks at the progress of the episodes that `chosen_on` names, and at no label: Δ is `suggested_delta`, κ the first of the
-    guide's three rules by which their mean weight is not above the healthy 0.8, where RA-BC changes little; the last one
-    where none does.
-    """
-    settings, chunk = params.rabc, params.policy.chunk_size
-    delta_frames, kappa, because = settings.delta_frames or chunk, settings.kappa, []
-    episodes, kind = chosen_on(dataset), "validation" if dataset.split("val") else "training"
-    if delta_frames == "auto":
-        column = _column(path, head_of(params), dataset_fingerprint)
-        _, episode_index, phi = _in_order(path, ["index", "episode_index", column])
-        suggested = suggested_delta(phi, episode_index, episodes, dataset.fps, chunk)
-        delta_frames = suggested.frames
-        because.append(f"Δ = {delta_frames} by the {kind} episodes: {suggested.because}")
-    if kappa == "auto":
-        made = _asked_of(path, params, dataset, delta_frames, KAPPA_RULES[0], dataset_fingerprint)
-        r, means, given = made.delta[np.isin(made.episode_index, episodes)], {}, (made.delta_mean, made.delta_std)
-        r = r[np.isfinite(r)]  # LeRobot's file may say nothing of a frame
-        for kappa in KAPPA_RULES[:3]:
-            number = kappa_of(kappa, r, *given, made.epsilon)
-            means[kappa] = float(weights(r, *given, number, made.epsilon).mean())
-            if means[kappa] <= HEALTHY[1]:
-                break
-        said = ", ".join(f"{mean:.2f} by `{rule}`" for rule, mean in means.items())
-        because.append(
-            f"κ by `{kappa}`: the mean weight of the {kind} episodes is {said}; {HEALTHY[1]} or less is healthy"
-        )
-    return Settled(delta_frames, kappa, tuple(because))
+def healthy_rule(r: np.ndarray, mean: float, std: float, epsilon: float) -> tuple[str, str]:
+    """The first of the guide's three rules for κ by which the mean weight of r (N,) is not above the healthy 0.8, where RA-BC
+    changes little, or the last one; and why. Raises ValueError where there is no r."""
+    if not len(r):
+        raise ValueError(f"rabc.kappa: auto needs progress of {HELD_OUT}: set a number or another rule")
+    means = {}
+    for rule in KAPPA_RULES[:3]:
+        means[rule] = float(weights(r, mean, std, kappa_of(rule, r, mean, std, epsilon), epsilon).mean())
+        if means[rule] <= HEALTHY[1]:
+            break
+    said = ", ".join(f"{value:.2f} by `{rule}`" for rule, value in means.items())
+    unhealthy = "" if HEALTHY[0] <= means[rule] <= HEALTHY[1] else ", and none of the guide's rules brings it there"
+    return rule, f"held-out episodes have a mean weight of {said}; {HEALTHY[0]} to {HEALTHY[1]} is healthy{unhealthy}"
 
 
 def _in_order(path: Path, columns: list[str]) -> list[np.ndarray]:
@@ -465,19 +473,29 @@ def provenance(params, dataset: Dataset, checkpoint: str | None = None) -> dict[
         "epsilon": params.rabc.epsilon,
         "lerobot_compat": params.rabc.lerobot_compat,
     }
-    if "auto" in (made["delta_frames"], made["kappa"]):  # what `settle` looks at
-        made["validation_episodes"] = digest([episode.index for episode in dataset.split("val")])
-        made["chunk_size"] = params.policy.chunk_size
+    if "auto" in (made["delta_frames"], made["kappa"]):
+        made["held_out_episodes"] = digest(held_out(dataset))
+    if made["delta_frames"] == "auto":  # which is at most a chunk
+        made["chunk_size"], made["stride"] = params.policy.chunk_size, params.rabc.stride
     named = {"reward_model_path": params.rabc.reward_model_path, "progress_path": params.rabc.progress_path}
     return made | {key: value for key, value in {**named, "checkpoint": checkpoint}.items() if value}
 
 
 def write_weights(path: Path, computed: RabcWeights, made_from: dict[str, str | int | float]) -> None:
-    """`rabc_weights.parquet`: index, episode_index, frame_index, delta, weight; and `made_from` in its metadata."""
+    """`rabc_weights.parquet`: index, episode_index, frame_index, delta, weight; and in its metadata `made_from` and what became
+    of it (`SETTLED`): Δ in frames, κ, and the rule that gave it."""
+    settled = {"delta_frames": computed.delta_frames, "kappa": computed.kappa, "kappa_rule": computed.kappa_rule}
+    made_from = made_from | {SETTLED: settled}
     names = ("index", "episode_index", "frame_index", "delta", "weight")
     table = pa.table({name: getattr(computed, name) for name in names})
     with staged(path) as partial:
         pq.write_table(table.replace_schema_metadata({PARQUET_KEY: json.dumps(made_from, sort_keys=True)}), partial)
+
+
+def weights_digest(path: Path) -> str:
+    """Names the weights in a file by its columns, whatever its metadata says of where they come from."""
+    table = pq.read_table(path, columns=["index", "delta", "weight"])
+    return digest(*(hashlib.sha256(table[name].to_numpy().tobytes()).hexdigest() for name in table.column_names))
 
 
 def weights_of_rows(path: Path, params, dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
@@ -492,7 +510,7 @@ def weights_of_rows(path: Path, params, dataset: Dataset) -> tuple[np.ndarray, n
         raise ValueError(f"{path.name} cannot be read ({error}): run 05_compute_rabc again") from error
     differing = [
         f"{key} is {made.get(key)}, not {wanted.get(key)}"
-        for key in sorted((wanted | made).keys() - {"checkpoint"})
+        for key in sorted((wanted | made).keys() - {"checkpoint", SETTLED})
         if made.get(key) != wanted.get(key)
     ]
     if differing:

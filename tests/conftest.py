@@ -158,7 +158,6 @@ TINY = {
     "sarm.log_every": 2,
     "sarm.eval_every": 4,
     "sarm.save_every": 4,
-    "rabc.delta_frames": 4,
     "policy.chunk_size": 4,
     "policy.n_action_steps": 2,
     "policy.steps": 6,

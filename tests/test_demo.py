@@ -298,7 +298,9 @@ def test_the_experiment_compares_what_is_comparable_and_says_how_much_it_helped(
     for to_run in (origins, further):
         again, from_what = experiment.stored(file, common, to_run)
         assert from_what == to_run | origins and experiment.report(again, common, from_what) == found
-    with pytest.raises(SystemExit, match="runs with other weights in rabc: --anew runs these arms again; or move"):
+    with pytest.raises(
+        SystemExit, match=r"runs with other weights in rabc: --anew runs these arms again, --begin puts the file aside$"
+    ):
         experiment.stored(file, common, {"rabc": {"weights": "b", "code": "1"}})
     anew = {"rabc": {"weights": "b", "code": "1"}}  # begins again by other weights, and the others stay
     others, from_what = experiment.stored(file, common, anew, ["rabc"])
@@ -308,7 +310,9 @@ def test_the_experiment_compares_what_is_comparable_and_says_how_much_it_helped(
     with pytest.raises(SystemExit, match="runs with other parameters in bc: --anew"):
         experiment.stored(file, common, {"bc": {"weights": None, "parameters": "c", "code": "1"}})
     config, other = (params.load(ROOT / "params.yaml", {"rabc.delta_frames": frames}) for frames in (8, 9))
-    differing = [k for k, v in experiment.made_from("bc", config).items() if experiment.made_from("bc", other)[k] != v]
+    assert experiment.made_from("bc", config) == experiment.made_from("bc", other)  # it reads no weights
+    longer = params.load(ROOT / "params.yaml", {"policy.batch_size": 7})
+    differing = [k for k, v in experiment.made_from("bc", config).items() if experiment.made_from("bc", longer)[k] != v]
     assert differing == ["parameters"] and set(experiment.made_from("bc", config)) > {"code", "commit"}
     with pytest.raises(SystemExit, match="runs with other settings: --anew"):
         experiment.stored(file, {"settings": {"policy.steps": 8}}, further)
@@ -322,6 +326,11 @@ def test_the_experiment_compares_what_is_comparable_and_says_how_much_it_helped(
     assert experiment.stored(file, common, origins)[1] == of_commit  # another commit with the same code
     with pytest.raises(SystemExit, match=r"other code in bc: .* or go on at commit abc"):
         experiment.stored(file, common, {"bc": {"weights": None, "code": "2", "commit": "def"}})
+    aside = [experiment.put_aside(file).name, (file.write_text(json.dumps(found)), experiment.put_aside(file).name)[1]]
+    assert aside == ["found_abc.json", "found_before.json"] and experiment.stored(file, common, origins) == (
+        {},
+        origins,
+    )
     assert "different" not in experiment.table(found)
     assert found["arms"]["rabc"]["success_rate"] == 5 / 8 and found["arms"]["rabc"]["gap_closed"] == pytest.approx(
         3 / 5

@@ -172,7 +172,7 @@ def test_where_progress_ends():
 def test_which_kappa_does_as_much_as_the_chosen_one():
     table = pd.DataFrame(
         [[0.0, 0.3, 1.0], [0.02, 0.1, 0.98], [0.08, 0.1, 0.94]],
-        index=["0", "mean / 4", "mean (rabc.kappa)"],
+        index=["0", "mean / 4", "mean (in use)"],
         columns=["κ", "in bad stretches", "elsewhere"],
     )
     said = findings.kappas(table)

@@ -116,14 +116,30 @@ def test_a_rule_that_does_not_exist_is_named(rule):
         rabc.kappa_of(rule, np.zeros(3), 0.1, 0.1, 1e-6)
 
 
+def suggested(phi, episode_index, episodes, **asked):
+    config = params.load("params.yaml", {f"rabc.{key}": value for key, value in asked.items()})
+    return rabc.suggested_delta(phi, episode_index, episodes, 20, config)
+
+
 def test_delta_is_long_enough_to_see_progress_over_the_jitter():
     noise, episode, found = np.random.default_rng(0).normal(0, 1, 50), np.repeat([4, 5, 6, 7], 50), {}
     for jitter in (0.0, 0.05, 0.2):
         phi = np.r_[np.tile(np.linspace(0, 1, 50) + jitter * noise, 3), 9 * noise]  # the last one is not asked
-        found[jitter] = rabc.suggested_delta(phi, episode, [4, 5, 6], 20, 16)
-    assert found[0.0].frames == 4  # nothing is quicker than a fifth of a second
-    assert found[0.0].frames < found[0.05].frames < found[0.2].frames == 16  # at most a chunk
-    assert "50 frames" in found[0.05].because
+        found[jitter] = suggested(phi, episode, [4, 5, 6])
+    assert found[0.0].frames == 4 and found[0.0].because.startswith("a fifth of a second, which is the least")
+    assert found[0.0].frames < found[0.05].frames < found[0.2].frames == 16
+    assert found[0.05].because.startswith("so that progress stands out. A median episode of 50 frames")
+    assert found[0.2].because.startswith("the policy's chunk, which is the most")
+
+
+def test_frames_that_were_not_scored_hide_no_jitter():
+    """Between scored frames progress lies on a line."""
+    noise, episode = 0.05 * np.random.default_rng(0).normal(size=400), np.repeat([0], 400)
+    scored = np.unique(np.append(np.arange(0, 400, 3), 399))
+    every = np.linspace(0, 1, 400) + noise
+    some = np.interp(np.arange(400), scored, every[scored])
+    assert suggested(some, episode, [0]).frames < 16 <= suggested(some, episode, [0], stride=3).frames
+    assert suggested(every, episode, [0]).frames == 16
 
 
 class Demos:
@@ -139,58 +155,84 @@ class Demos:
         return [SimpleNamespace(index=i) for i in chosen]
 
 
-def settled(tmp_path, walks: list[np.ndarray], held_out: int = 1, **asked) -> rabc.Settled:
+def chosen(tmp_path, walks: list[np.ndarray], held_out: int = 1, **asked) -> rabc.RabcWeights:
     """What `auto` chooses from episodes with this progress."""
     columns = [(i, t, phi) for i, walk in enumerate(walks) for t, phi in enumerate(walk)]
     table = pd.DataFrame(columns, columns=["episode_index", "frame_index", "progress_dense"])
     table.reset_index().to_parquet(tmp_path / "progress.parquet", index=False)
-    rabc_section = {"rabc.head_mode": "dense", "rabc.kappa": "auto", "rabc.delta_frames": "auto"}
-    config = params.load("params.yaml", rabc_section | {f"rabc.{key}": value for key, value in asked.items()})
-    return rabc.settle(tmp_path / "progress.parquet", config, Demos(held_out))
+    asked = {"head_mode": "dense", "kappa": "auto", "delta_frames": "auto"} | asked
+    config = params.load("params.yaml", {f"rabc.{key}": value for key, value in asked.items()})
+    return rabc.from_params(tmp_path / "progress.parquet", config, Demos(held_out))
 
 
 STEADY, HALF = np.linspace(0, 1, 60), np.r_[np.linspace(0, 0.5, 30), np.full(30, 0.5), np.linspace(0.5, 1, 30)]
 
 
-def test_auto_takes_the_guide_s_first_rule_that_is_healthy_for_held_out_episodes(tmp_path):
-    found = settled(tmp_path, [HALF, HALF])
-    assert (found.delta_frames, found.kappa) == (2, "mean") and len(found.because) == 2
-    assert "validation episodes" in found.because[0] and "0.8 or less is healthy" in found.because[1]
-    often = settled(tmp_path, [HALF, STEADY])  # all of it gains more than μ: mean weight 1
-    assert often.kappa == "mean+std" and "1.00 by `mean`" in often.because[1]
-    jump = np.r_[np.linspace(0, 1, 5), np.ones(55)]  # more than any rule's κ, everywhere
-    assert settled(tmp_path, [np.linspace(0, 0.1, 60), jump[:6]]).kappa == "mean+2std"
+def test_auto_takes_the_guide_s_first_rule_that_does_not_pass_nearly_all_held_out_frames(tmp_path):
+    found = chosen(tmp_path, [HALF, HALF])
+    assert (found.delta_frames, found.kappa_rule) == (2, "mean") and "none of" not in found.because
+    assert found.kappa == pytest.approx(found.delta_mean) and "0.3 to 0.8 is healthy" in found.because
+    often = chosen(tmp_path, [HALF, STEADY])  # all of it gains more than μ: mean weight 1
+    assert often.kappa_rule == "mean+std" and "1.00 by `mean`" in often.because
+    little = chosen(tmp_path, [STEADY, np.zeros(60)])
+    assert little.kappa_rule == "mean" and little.because.endswith("none of the guide's rules brings it there")
+    much = chosen(tmp_path, [np.linspace(0, 0.1, 60), STEADY])
+    assert much.kappa_rule == "mean+2std" and much.because.endswith("none of the guide's rules brings it there")
+    extrapolated = chosen(tmp_path, [HALF, HALF, np.array([0.0, 0.9])], held_out=2, delta_frames=16)
+    assert extrapolated.because == chosen(tmp_path, [HALF, HALF], delta_frames=16).because
 
 
 def test_auto_looks_at_held_out_episodes_alone_where_there_are_some(tmp_path):
-    assert settled(tmp_path, [HALF, STEADY], held_out=0).kappa == "mean"
-    assert "training episodes" in settled(tmp_path, [HALF, STEADY], held_out=0).because[0]
+    assert chosen(tmp_path, [HALF, STEADY], held_out=0).kappa_rule == "mean"
     jitter = np.clip(STEADY + 0.05 * np.random.default_rng(0).normal(size=60), 0, 1)
-    assert settled(tmp_path, [jitter, HALF]).delta_frames < settled(tmp_path, [HALF, jitter]).delta_frames
+    assert chosen(tmp_path, [jitter, HALF]).delta_frames < chosen(tmp_path, [HALF, jitter]).delta_frames
+
+
+@pytest.mark.parametrize("key", ["delta_frames", "kappa"])
+def test_auto_without_progress_of_held_out_episodes_says_what_to_set(tmp_path, key):
+    asked = {"lerobot_compat": True} | {other: 3 for other in {"delta_frames", "kappa"} - {key}}
+    with pytest.raises(ValueError, match=rf"rabc.{key}: auto needs progress of validation episodes .*: set a number"):
+        chosen(tmp_path, [HALF, np.full(60, np.nan)], **asked)
 
 
 def test_what_is_not_auto_is_as_it_was_asked_for(tmp_path):
-    assert settled(tmp_path, [HALF, HALF], delta_frames=5, kappa=0.3) == rabc.Settled(5, 0.3)
-    assert settled(tmp_path, [HALF, HALF], delta_frames=None, kappa=0.3).delta_frames == 16  # the policy's chunk
-    assert settled(tmp_path, [HALF, HALF], kappa="mean+2std").kappa == "mean+2std"
+    found = chosen(tmp_path, [HALF, HALF], delta_frames=5, kappa=0.3)
+    assert (found.delta_frames, found.kappa, found.kappa_rule, found.because) == (5, 0.3, 0.3, "")
+    assert chosen(tmp_path, [HALF, HALF], delta_frames=None).delta_frames == 16  # the policy's chunk
+    assert chosen(tmp_path, [HALF, HALF], kappa="mean+2std").kappa_rule == "mean+2std"
     with pytest.raises(ValueError, match="has no progress_sparse; it has progress_dense"):
-        settled(tmp_path, [HALF, HALF], head_mode="sparse")
+        chosen(tmp_path, [HALF, HALF], head_mode="sparse")
 
 
 def test_weights_that_were_chosen_by_other_validation_episodes_weight_nothing(in_project, tmp_path):
     config, dataset = in_project
-    config = config.model_copy(update={"rabc": config.rabc.model_copy(update={"delta_frames": "auto"})})
+    auto = lambda **other: config.model_copy(  # noqa: E731
+        update={"rabc": config.rabc.model_copy(update={"delta_frames": "auto", "kappa": "auto"} | other)}
+    )
     progress, path = config.paths.read("sarm_progress.parquet", "05"), tmp_path / "weights.parquet"
-    made = rabc.from_params(progress, config, dataset, dataset.fingerprint)
     checkpoint = (artifacts.read_provenance(progress) or {}).get("checkpoint")
-    rabc.write_weights(path, made, rabc.provenance(config, dataset, checkpoint))
-    rabc.weights_of_rows(path, config, dataset)
+
+    def write(asked) -> rabc.RabcWeights:
+        made = rabc.from_params(progress, asked, dataset, dataset.fingerprint)
+        rabc.write_weights(path, made, rabc.provenance(asked, dataset, checkpoint))
+        return made
+
+    made = write(auto())
+    settled = artifacts.read_provenance(path)[rabc.SETTLED]
+    assert settled == {"delta_frames": made.delta_frames, "kappa": made.kappa, "kappa_rule": made.kappa_rule}
+    rabc.weights_of_rows(path, auto(), dataset)
     moved = [replace(e, split="test") if e.split == "val" else e for e in dataset.episodes]
-    with pytest.raises(ValueError, match="validation_episodes is "):
-        rabc.weights_of_rows(path, config, replace(dataset, episodes=tuple(moved)))
-    longer = config.model_copy(update={"policy": config.policy.model_copy(update={"chunk_size": 9})})
+    with pytest.raises(ValueError, match="held_out_episodes is "):
+        rabc.weights_of_rows(path, auto(), replace(dataset, episodes=tuple(moved)))
+    longer = {"policy": config.policy.model_copy(update={"chunk_size": 9})}
     with pytest.raises(ValueError, match="chunk_size is 4, not 9"):
-        rabc.weights_of_rows(path, longer, dataset)
+        rabc.weights_of_rows(path, auto().model_copy(update=longer), dataset)
+    before = rabc.weights_digest(path)
+    write(auto(delta_frames=made.delta_frames, kappa=made.kappa))  # the same weights, asked for by their numbers
+    assert rabc.weights_digest(path) == before
+    write(auto(delta_frames=3))  # the chunk decides nothing then
+    rabc.weights_of_rows(path, auto(delta_frames=3).model_copy(update=longer), dataset)
+    assert rabc.weights_digest(path) != before
 
 
 def test_lerobot_s_own_class_opens_our_file(in_project):
@@ -318,10 +360,12 @@ def test_a_file_of_lerobot_s_that_lacks_progress_goes_through_the_whole_chapter(
     theirs.loc[::7, [name for name in theirs if name.startswith("progress")]] = np.nan
     theirs.to_parquet(tmp_path / "theirs.parquet")
     overrides = {"rabc.progress_path": str(tmp_path / "theirs.parquet"), "rabc.lerobot_compat": True}
-    overrides |= {"base.outputs": str(tmp_path / "outputs")}
-    for rule in ("quantile=0.6", 0.01):
+    overrides |= {"base.outputs": str(tmp_path / "outputs"), "rabc.delta_frames": 4}
+    for rule in ("quantile=0.6", 0.01, "auto"):
         page = run_notebook(config.paths.root, "05_compute_rabc", overrides | {"rabc.kappa": rule})
-        in_use = page["table"].loc[f"{rule} (rabc.kappa)"]
+        name = page["weights"].kappa_rule
+        assert name == rule or rule == "auto"
+        in_use = page["table"].loc[f"{name} (in use)"]
         assert in_use["κ"] == pytest.approx(page["weights"].kappa)
         assert page["table"].notna().all(axis=None) and page["lightest"].delta.notna().all()
     made = pd.read_parquet(tmp_path / "outputs/rabc_weights.parquet")
