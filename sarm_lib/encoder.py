@@ -8,7 +8,7 @@ a reward model, and an episode that was encoded before is not encoded again, als
 import queue
 import threading
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import batched
@@ -36,6 +36,7 @@ from sarm_lib.live import bar
 from sarm_lib.processes import share
 
 INDEX = "index.json"
+AS_BYTES = {"do_rescale": False, "do_normalize": False}  # what a picture is before it is normalised
 Precision = Literal["fp32", "bf16"]
 
 
@@ -74,15 +75,19 @@ class Encoder:
         return self.embed(self.pixels(images))
 
     def pixels(self, images: np.ndarray) -> Tensor:
-        """(B, H, W, 3) uint8 images as the model sees them: resized, cropped and normalised, (B, 3, S, S), all of it on the
-        encoder's device."""
-        images = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2)
-        return self.processor(images=images, return_tensors="pt").pixel_values
+        """(B, H, W, 3) uint8 images as the model sees them: resized, cropped and normalised, (B, 3, S, S), on the encoder's device.
+
+        A GPU resizes otherwise: one pixel in seven of the demo's differs, and an embedding by half a percent of its length. So
+        pictures are resized by the processor everywhere, and the same frames mean the same to a model wherever it runs.
+        """
+        seen = self.processor(images=torch.from_numpy(images).permute(0, 3, 1, 2), return_tensors="pt", **AS_BYTES)
+        as_they_are = {"do_resize": False, "do_center_crop": False}
+        return self.processor(images=seen.pixel_values.to(self.device), return_tensors="pt", **as_they_are).pixel_values
 
     @torch.inference_mode()
     def embed(self, pixels: Tensor) -> Tensor:
         """Embed `pixels` (B, 3, S, S): (B, E) float32 on the CPU."""
-        with packed_once(self._packed):
+        with packed_once(self._packed), full_precision(self.device):
             return _pooled(self.model.get_image_features(pixels.to(self.device, self.dtype))).float().cpu()
 
     @torch.inference_mode()
@@ -90,6 +95,19 @@ class Encoder:
         """Embed n texts: (n, E) float32 on the CPU."""
         tokens = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(self.device)
         return _pooled(self.model.get_text_features(**tokens)).cpu()
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Convolutions in float32: on a GPU PyTorch multiplies them in TF32 (ten bits of mantissa) if nobody objects."""
+    if device.type != "cuda":
+        yield
+        return
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 class PooledLayer(nn.Module):
