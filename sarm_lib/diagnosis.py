@@ -197,11 +197,12 @@ def delete_command(dataset: Dataset, episodes: list[int], folder: str | None = N
 
 
 def extremes(
-    weights: RabcWeights, episodes: list[int], phi: np.ndarray, count: int
+    weights: RabcWeights, episodes: list[int], phi: np.ndarray, count: int, stages: dict[str, float] | None = None
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The frames that lose and gain most in Δ, one an episode: `episode`, `frame`, `later` (Δ on, within the episode),
-    `delta`, `weight` and the reason."""
+    `delta`, `weight` and the reason. stages: ᾱ of the stages that φ is made of, by name and in order, if they are known."""
     lightest, heaviest = [], []
+    names, edges = list(stages or {}), np.cumsum(list((stages or {}).values()))[:-1]
     for rows in _episodes(weights, episodes):
         whole = rows[: max(1, len(rows) - weights.delta_frames)]  # the frames behind share the last full window
         whole = whole[np.isfinite(weights.delta[whole])]  # LeRobot's file may say nothing of a frame
@@ -219,7 +220,7 @@ def extremes(
                     "later": int(weights.frame_index[later]),
                     "delta": float(weights.delta[row]),
                     "weight": float(weights.weight[row]),
-                    "why": f"progress {phi[row]:.2f} to {phi[later]:.2f}",
+                    "why": _gain(phi[row], phi[later], names, edges),
                 }
             )
     columns = ["episode", "frame", "later", "delta", "weight", "why"]
@@ -227,6 +228,15 @@ def extremes(
         pd.DataFrame(kept, columns=columns).sort_values("delta", ignore_index=True) for kept in (lightest, heaviest)
     )
     return light.head(count), heavy.iloc[::-1].head(count).reset_index(drop=True)
+
+
+def _gain(before: float, after: float, stages: list[str], edges: np.ndarray) -> str:
+    """What becomes of φ, in words, with the stages that it lies in (Eq 2 read backwards) where there are several."""
+    said = f"progress {before:.2f} to {after:.2f}"
+    if len(stages) < 2:
+        return said
+    first, last = (stages[int(np.searchsorted(edges, phi, side="right"))] for phi in (before, after))
+    return f"{said}, in {first!r}" if first == last else f"{said}, from {first!r} to {last!r}"
 
 
 def detection(weights: RabcWeights, quality: np.ndarray, groups: np.ndarray) -> pd.DataFrame:

@@ -105,6 +105,14 @@ def test_the_lightest_frame_is_where_most_is_lost():
     assert light.episode[0] == 1 and 40 <= light.frame[0] < 52 and light.delta[0] < 0 and light.weight[0] == 0
     assert heavy.delta[0] == computed.delta.max() and heavy.later[0] == heavy.frame[0] + 4
     assert len(diagnosis.extremes(computed, [0, 1], phi, 0)[0]) == 0
+    heavy = diagnosis.extremes(computed, [1], phi, 1, {"reach": 0.1, "lift": 0.1, "lower": 0.8})[1]
+    before, after = (phi[40 + heavy[key][0]] for key in ("frame", "later"))  # of the last thirty frames, from 0.2 on
+    assert heavy.why[0] == f"progress {before:.2f} to {after:.2f}, in 'lower'"
+    low = np.r_[np.linspace(0, 0.35, 10), np.linspace(0.35, 0.2, 4), np.linspace(0.2, 1, 30)]
+    computed, phi = weights_of([low], delta_frames=3)
+    assert diagnosis.extremes(computed, [0], phi, 1, {"reach": 0.3, "grasp": 0.1, "lift": 0.6})[0].why[0] == (
+        "progress 0.35 to 0.20, from 'grasp' to 'reach'"
+    )
 
 
 def test_detection_knows_bad_from_productive_and_leaves_recovery_apart():

@@ -134,11 +134,24 @@ def test_an_episode_that_gives_too_few_or_too_many_pictures_is_named(monkeypatch
         encode({"prepare.encode_batch_size": size})
 
 
-def test_pictures_are_resized_on_the_encoder_s_device(tiny_encoder, monkeypatch):
-    clip, images = encoder.load(str(tiny_encoder)), np.zeros((2, 48, 40, 3), np.uint8)
-    assert clip.pixels(images).device.type == "cpu"
+def test_pictures_are_resized_by_the_processor_whatever_device_encodes_them(tiny_encoder, monkeypatch):
+    clip, images = encoder.load(str(tiny_encoder)), np.random.default_rng(0).integers(0, 256, (2, 48, 40, 3), np.uint8)
+    at_once = clip.processor(images=torch.from_numpy(images).permute(0, 3, 1, 2), return_tensors="pt").pixel_values
+    assert torch.equal(clip.pixels(images), at_once) and at_once.shape == (2, 3, 32, 32)
+    devices, resize = [], type(clip.processor).resize
+    noted = lambda self, image, *a, **k: (devices.append(image.device.type), resize(self, image, *a, **k))[1]  # noqa: E731
+    monkeypatch.setattr(type(clip.processor), "resize", noted)
     monkeypatch.setattr(clip, "device", torch.device("meta"))  # from which nothing can be copied back
-    assert clip.pixels(images).device.type == "meta" and clip.pixels(images).shape == (2, 3, 32, 32)
+    assert clip.pixels(images).device.type == "meta" and devices == ["cpu"]
+
+
+def test_a_gpu_s_convolutions_are_in_float32_while_it_encodes():
+    assert torch.backends.cudnn.allow_tf32
+    with pytest.raises(ZeroDivisionError), encoder.full_precision(torch.device("cuda")):
+        assert not torch.backends.cudnn.allow_tf32
+        raise ZeroDivisionError
+    with encoder.full_precision(torch.device("cpu")):
+        assert torch.backends.cudnn.allow_tf32
 
 
 def test_the_whole_of_clip_gives_the_same_embeddings():
