@@ -127,18 +127,8 @@ def main() -> None:
         times = repeat(demos.root, folder / "dataset", arguments.frames)
         many = dataset.from_params(params.load("params.yaml", {"base.dataset": str(folder / "dataset")}))
         repeat_embeddings(source, folder / "embeddings", many, times)
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.memory",
-            "--measure",
-            str(folder),
-            "--stride",
-            str(arguments.stride),
-        ]
-        found = json.loads(
-            subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
-        )
+        command = [sys.executable, "-m", "benchmarks.memory", "--measure", str(folder), "--stride", str(arguments.stride)]
+        found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
     artifacts.write_json(RESULTS, found)
     print(json.dumps(found, indent=1))
     if found["peak_gb"] * 1e9 > LIMIT:

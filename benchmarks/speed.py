@@ -55,14 +55,7 @@ NAMES = (
     "progress_dual_fp32", "progress_single_fp32", "progress_dual_bf16", "train_dual_fp32", "train_dual_bf16",
     "rabc_build_1m", "rabc_build_5m", "rabc_batch", "encode_vs_bare",
 )  # fmt: skip
-ON_GPU = (
-    "progress_dual_fp32",
-    "progress_single_fp32",
-    "progress_dual_bf16",
-    "train_dual_fp32",
-    "train_dual_bf16",
-    "encode_vs_bare",
-)
+ON_GPU = ("progress_dual_fp32", "progress_single_fp32", "progress_dual_bf16", "train_dual_fp32", "train_dual_bf16", "encode_vs_bare")
 
 
 # --- what both sides are given ------------------------------------------------------------------------------------------
@@ -225,11 +218,7 @@ class Bench:
         from sarm_lib import dataset, encoder
 
         config = self.config("dual")
-        demos, clip, folder = (
-            dataset.from_params(config),
-            encoder.from_params(config, self.device),
-            config.paths.write("embeddings"),
-        )
+        demos, clip, folder = dataset.from_params(config), encoder.from_params(config, self.device), config.paths.write("embeddings")
         encoder.ensure_embeddings(folder, config, demos, clip)
         return demos, clip, encoder.open_embeddings(folder, demos)
 
@@ -343,9 +332,7 @@ class Bench:
         with torch.inference_mode():
             found = sarm.predict(seen, spec.heads, spec.window.position)
         return {
-            f"progress_{head}": stages.progress(
-                p.stage[:, 0].numpy(), p.tau[:, 0].numpy(), np.array(spec.proportions[head])
-            )
+            f"progress_{head}": stages.progress(p.stage[:, 0].numpy(), p.tau[:, 0].numpy(), np.array(spec.proportions[head]))
             for head, p in found.items()
         }
 
@@ -599,12 +586,7 @@ def rabc_memory(path: Path, episodes: int, lerobot_compat: bool) -> float:
         "print(held('VmHWM') - before)"
     )
     return float(
-        subprocess.run(
-            [sys.executable, "-c", code, str(path), str(episodes), str(lerobot_compat)],
-            capture_output=True,
-            check=True,
-            text=True,
-        ).stdout
+        subprocess.run([sys.executable, "-c", code, str(path), str(episodes), str(lerobot_compat)], capture_output=True, check=True, text=True).stdout
     )
 
 
@@ -684,9 +666,7 @@ def main() -> None:
             }
             print(json.dumps(rows[name]), flush=True)
             ordered = [rows[n] for n in everything if n in rows]
-            missing = {
-                n: "no GPU was there" if n.endswith("_gpu") else "not run yet" for n in everything if n not in rows
-            }
+            missing = {n: "no GPU was there" if n.endswith("_gpu") else "not run yet" for n in everything if n not in rows}
             RESULTS.write_text(json.dumps({"results": ordered, "not_run": missing}, indent=1) + "\n")
     print(table([row for row in rows.values()]))
     for name, why in skipped.items():

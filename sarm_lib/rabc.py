@@ -207,8 +207,9 @@ def compute(
 ) -> RabcWeights:
     """Weights from a progress file; μ, σ and a rule for κ (`kappa_of`) look at `train_episodes` alone.
 
-    kappa: `auto` takes the rule that is healthy for the `held_out` episodes (`healthy_rule`). lerobot_compat: what LeRobot's `RABCWeights` gives of the same file. Raises ValueError for a file of another dataset,
-    without this head, with a value that is not finite, or whose episodes have frames twice or not at all.
+    kappa: `auto` takes the rule that is healthy for the `held_out` episodes (`healthy_rule`). lerobot_compat: what LeRobot's
+    `RABCWeights` gives of the same file. Raises ValueError for a file of another dataset, without this head, with a value that is
+    not finite, or whose episodes have frames twice or not at all, and where `auto` has nothing to look at.
     """
     column = _column(path, head, dataset_fingerprint)
     index, episode_index, frame_index, progress = _in_order(path, ["index", "episode_index", "frame_index", column])
