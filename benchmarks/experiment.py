@@ -130,7 +130,7 @@ def materials(overrides: str, device: str):
     from benchmarks import small_pi05
     from sarm_lib import corrections, dataset, params, policy
 
-    config = params.load("params.yaml", json.loads(overrides))
+    config = params.load("params.yaml", json.loads(overrides)).weighing
     if config.policy.type == "pi05":
         small_pi05.shrink(TOWERS)
     demos = corrections.without_rejected(dataset.from_params(config), config)
@@ -416,7 +416,7 @@ def main() -> None:
     settings = {**POLICY, **given, "base.outputs": "outputs"}
     overrides = json.dumps(settings, sort_keys=True)
     jobs = [(arm, seed) for seed in arguments.seeds for arm in arguments.arms]
-    config = params.load("params.yaml", settings)
+    config = params.load("params.yaml", settings).weighing
     # notebook 07 shows results of its own dataset alone
     common = {"settings": settings, "fingerprint": dataset.from_params(config).fingerprint}
     origins = {arm: made_from(arm, config) for arm in arguments.arms}

@@ -38,9 +38,15 @@ def score(params) -> Path:
         raise ValueError(
             f"rabc.progress_path: progress is taken from {params.rabc.progress_path}; there is nothing to score"
         )
+    params, device = params.weighing, own_device(dataset.pick_device(params.base.device))
     demos, path = dataset.from_params(params), params.paths.write("sarm_progress.parquet")
-    embeddings = encoder.open_embeddings(params.paths.read("embeddings", "00_prepare"), demos)
-    model, named = checkpoint.reward_model_of(params, own_device(dataset.pick_device(params.base.device)))
+    if params.rabc.dataset:
+        folder = params.paths.shared(f"rabc_embeddings/{demos.fingerprint}")
+        encoder.ensure_embeddings(folder, params, demos, encoder.from_params(params, device))
+    else:
+        folder = params.paths.read("embeddings", "00_prepare")
+    embeddings = encoder.open_embeddings(folder, demos)
+    model, named = checkpoint.reward_model_of(params, device)
     progress.ensure_progress(path, params, demos, embeddings, model, named)
     return path
 
@@ -66,6 +72,7 @@ def train_policies(params) -> Path:
     """Stage 06's policies. Returns the folder of the last one."""
     from sarm_lib import policy  # LeRobot's policies take a while to load, and no other stage needs them
 
+    params = params.weighing
     demos = corrections.without_rejected(dataset.from_params(params), params)
     device = dataset.pick_device(params.base.device)
     weighted = rabc.weights_of_rows(params.paths.read("rabc_weights.parquet", "05_compute_rabc"), params, demos)

@@ -189,6 +189,7 @@ class Visualize(Section):
 class Rabc(Section):
     """05: progress of every frame and the weights."""
 
+    dataset: str | None  # weight this one instead of `base.dataset`; user/name@revision on the Hub
     reward_model_path: str | None  # score with another reward model instead of stage 03's
     progress_path: str | None  # score nothing: take the progress from this file
     head_mode: Literal["sparse", "dense", "both"]
@@ -277,6 +278,17 @@ class Params(Section):
     def heads(self) -> tuple[Head, ...]:
         """The model's heads: `single_stage` has no dense one."""
         return ("sparse",) if self.base.annotation_mode == "single_stage" else ("sparse", "dense")
+
+    @property
+    def weighing(self) -> "Params":
+        """These values for chapters 05 to 07, which weigh and learn from `rabc.dataset` where it names one: as `base.dataset`."""
+        if self.rabc.dataset is None:
+            return self
+        name, _, revision = self.rabc.dataset.partition("@")
+        named = {"dataset": name, "revision": revision or None}
+        if self.paths.resolve(self.rabc.dataset).exists():
+            named = {"dataset": self.rabc.dataset, "revision": None}
+        return self.model_copy(update={"base": self.base.model_copy(update=named)})
 
     @property
     def encoder(self) -> str:

@@ -80,6 +80,7 @@ def write_sources(root: Path) -> None:
         for notebook in notebooks(root):
             (partial / f"{notebook.stem}.py").write_text(code_of(notebook))
         described = describe_dataset(params)
+        write_json(partial / "rabc_dataset.json", describe_dataset(params.weighing) if params.rabc.dataset else None)
         write_json(partial / "dataset.json", described)
         check_people(params, described["fingerprint"])
         for kind, path in (("marks", params.annotate.marks), ("corrections", params.verify.corrections)):
@@ -155,7 +156,10 @@ def smoke(root: Path) -> None:
 
 def export(root: Path, to: Path | None) -> Path:
     """Copy `sarm_progress.parquet` into the folder of its dataset, for `lerobot-train`. Returns where it is."""
-    paths = load(root / "params.yaml").paths
+    params = load(root / "params.yaml")
+    if params.rabc.dataset and to is None:
+        sys.exit(f"the progress is that of {params.rabc.dataset} (rabc.dataset): say where that lies, --to FOLDER")
+    paths = params.paths
     target = to or paths.read("dataset", "02_verify")
     progress = paths.read("sarm_progress.parquet", "05_compute_rabc")
     return lerobot_io.export_progress(progress, target, datasets.fingerprint(target))

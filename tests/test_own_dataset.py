@@ -8,7 +8,7 @@ import pytest
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies import make_pre_post_processors
 
-from sarm_lib import checkpoint, dataset, params
+from sarm_lib import checkpoint, dataset, launch, params
 from sarm_lib.artifacts import read_json, write_json
 from sarm_lib.dataset import rows_of
 from sarm_lib.policy import StreamedFrames
@@ -138,6 +138,20 @@ def test_a_model_of_a_small_dataset_weights_a_large_one(tmp_path, project, tiny_
     assert len(weights) == 2 * sum(LENGTHS) and weights.weight.between(0, 1).all()
     assert (folder / "outputs/large/policy/rabc/checkpoints/last/pretrained_model/model.safetensors").exists()
     assert not (folder / "outputs/large/sarm").exists()
+    # the same in the project of the small one, whose chapters 00 to 04 stay as they are
+    small = shutil.copytree(project, tmp_path / "small")
+    before = {f: f.read_bytes() for f in (small / "outputs/embeddings").rglob("*") if f.is_file()}
+    named = {"rabc.dataset": str(large), "base.outputs": "outputs"}
+    for name in ("05_compute_rabc", "06_train_pi0", "07_evaluate"):
+        page = run_notebook(small, name, named)
+    pd.testing.assert_frame_equal(pd.read_parquet(small / "outputs/rabc_weights.parquet"), weights)
+    assert before == {f: f.read_bytes() for f in (small / "outputs/embeddings").rglob("*") if f.is_file()}
+    assert page["demos"].num_frames == 2 * sum(LENGTHS) and page["metrics"]["rabc"]["action_error"] > 0
+    config = params.load(small / "params.yaml", named)
+    scored = launch.score(config).read_bytes()  # as several processes do
+    assert scored == (small / "outputs/sarm_progress.parquet").read_bytes()
+    learned = read_json(small / "outputs/policy/rabc/provenance.json")
+    assert learned["fingerprint"] == dataset.fingerprint(large)
     # and from the progress file alone
     taken = {"base.outputs": "outputs/taken", "rabc.progress_path": "outputs/large/sarm_progress.parquet"}
     run_notebook(folder, "05_compute_rabc", taken)

@@ -106,6 +106,16 @@ def test_the_table_of_the_guide_s_options_names_existing_keys_and_their_defaults
             assert yaml.safe_load(default.strip("`")) == values[section][key], f"{section}.{key}"
 
 
+def test_chapters_that_weigh_another_dataset_see_it_as_theirs(tmp_path):
+    of = lambda name: params.load("params.yaml", {"rabc.dataset": name}).weighing  # noqa: E731
+    assert of(None).base == params.load().base
+    assert (of("user/large@v2").base.dataset, of("user/large@v2").base.revision) == ("user/large", "v2")
+    assert (of("user/large").base.dataset, of("user/large").base.revision) == ("user/large", None)
+    (folder := tmp_path / "robot@home").mkdir()
+    assert (of(str(folder)).base.dataset, of(str(folder)).base.revision) == (str(folder), None)
+    assert of("user/large").paths.root == ROOT and of("user/large").rabc.dataset == "user/large"
+
+
 def test_a_single_dense_subtask_is_refused_before_anything_runs(tmp_path):
     one = {"annotate.dense_subtasks": ["do it all"]}
     with pytest.raises(params.ParamsError, match=r"annotate\.dense_subtasks: one subtask divides nothing"):
