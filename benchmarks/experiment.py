@@ -106,16 +106,24 @@ def arm_weights(arm: str, seed: int, config, demos, work: Path):
 
 def single_stage_weights(config, demos, work: Path):
     """Weights by the reward model of one stage that `make scorecard` trains, with the same Δ and the same rule for κ."""
-    from sarm_lib import artifacts, checkpoint, encoder, progress, rabc
+    from sarm_lib import checkpoint, encoder, progress, rabc
 
     model = checkpoint.load_reward_model(config.paths.read(SINGLE_STAGE, "make scorecard"), "cpu")
-    ours = artifacts.read_provenance(config.paths.read("rabc_weights.parquet", "05_compute_rabc"))[rabc.SETTLED]
-    same = {"delta_frames": ours["delta_frames"], "kappa": ours["kappa_rule"], "head_mode": "sparse"}
+    same = settled(config) | {"head_mode": "sparse"}
     config = config.model_copy(update={"rabc": config.rabc.model_copy(update=same)})
-    embeddings = encoder.open_embeddings(config.paths.read("embeddings", "00_prepare"), demos)
+    other = config.rabc_embeddings(demos) if config.rabc.dataset else None
+    embeddings = encoder.open_embeddings(other or config.paths.read("embeddings", "00_prepare"), demos)
     path = work / "single_stage.parquet"
     progress.ensure_progress(path, config, demos, embeddings, model, "single_stage")
     return rabc.from_params(path, config, demos, embeddings.fingerprint).weight
+
+
+def settled(config) -> dict:
+    """Δ and the rule for κ that the weights of notebook 05 were made with."""
+    from sarm_lib import artifacts, rabc
+
+    made = artifacts.read_provenance(config.paths.read("rabc_weights.parquet", "05_compute_rabc"))[rabc.SETTLED]
+    return {"delta_frames": made["delta_frames"], "kappa": made["kappa_rule"]}
 
 
 def end_with_parent() -> None:
@@ -208,7 +216,7 @@ def made_from(arm: str, config) -> dict:
         source = rabc.weights_digest(config.paths.read("rabc_weights.parquet", "05_compute_rabc"))
     if arm == "rabc_single":
         source = artifacts.folder_digest(config.paths.read(SINGLE_STAGE, "make scorecard"))
-        parameters.append(config.rabc.model_dump())  # weights of a file say all of these
+        parameters += [config.rabc.model_dump(), settled(config)]  # the other arms are named by their weights
     return {
         "weights": source,
         "parameters": artifacts.digest(*parameters),
@@ -342,7 +350,7 @@ def differences(
 
 
 def put_aside(results: Path) -> Path:
-    """Rename a results file by the commit that it is of; says where it is now."""
+    """Rename a results file by the commit of its first arm that names one; says where it is now."""
     commits = [value["made_from"].get("commit") for value in json.loads(results.read_text())["arms"].values()]
     name = f"{results.stem}_{next(filter(None, commits), 'before')}"
     aside, count = results.with_stem(name), 1
@@ -421,10 +429,9 @@ def main() -> None:
     common = {"settings": settings, "fingerprint": dataset.from_params(config).fingerprint}
     origins = {arm: made_from(arm, config) for arm in arguments.arms}
     reported, again = arguments.kind == "test", arguments.arms if arguments.anew else ()
-    if arguments.begin and reported and results.exists():
-        if differences(json.loads(results.read_text()), common, origins, again)[0]:
-            print(f"results of other code, weights or data: {put_aside(results).name}")
-    runs, origins = stored(results, common, origins, again) if reported else ({}, origins)
+    begin = arguments.begin and reported and results.exists()
+    begin = begin and bool(differences(json.loads(results.read_text()), common, origins, again)[0])
+    runs, origins = stored(results, common, origins, again) if reported and not begin else ({}, origins)
     jobs = [(arm, seed) for arm, seed in jobs if seed not in runs.get(arm, {})]
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(arguments.jobs, context, end_with_parent) as pool:
@@ -437,10 +444,13 @@ def main() -> None:
             done = future.result()
             runs.setdefault(arm, {})[seed] = done
             print(f"{arm} {seed}: {done['successes']} of {done['rollouts']}, {done['seconds']}", flush=True)
+            if begin:  # only now: until then DVC and notebook 07 need the file that is there
+                print(f"results of other code, weights or data: {put_aside(results).name}")
+                begin = False
             if reported:
                 results.write_text(json.dumps(report(runs, common, origins), indent=1) + "\n")
     found = report(runs, common, origins)
-    if reported:
+    if reported and not begin:
         results.write_text(json.dumps(found, indent=1) + "\n")
     print(table(found))
 

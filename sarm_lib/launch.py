@@ -41,7 +41,7 @@ def score(params) -> Path:
     params, device = params.weighing, own_device(dataset.pick_device(params.base.device))
     demos, path = dataset.from_params(params), params.paths.write("sarm_progress.parquet")
     if params.rabc.dataset:
-        folder = params.paths.shared(f"rabc_embeddings/{demos.fingerprint}")
+        folder = params.rabc_embeddings(demos)
         encoder.ensure_embeddings(folder, params, demos, encoder.from_params(params, device))
     else:
         folder = params.paths.read("embeddings", "00_prepare")

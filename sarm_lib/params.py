@@ -40,7 +40,17 @@ def _kappa(value: Any) -> float | str:
     raise ValueError("should be a number, auto, mean, mean+std, mean+2std, mean_weight=0.5 or quantile=0.6")
 
 
+def _delta(value: Any) -> int | str | None:
+    if value in (None, "auto") or (type(value) is int and value > 0):
+        return value
+    raise ValueError("should be a number of frames above 0, auto, or null for the policy's chunk")
+
+
 Kappa = Annotated[float | str, PlainValidator(_kappa)]  # a number, or a rule: `rabc.kappa_of`, `rabc.healthy_rule`
+
+
+# A number, None for the policy's chunk, or auto: `rabc.suggested_delta`.
+Delta = Annotated[int | str | None, PlainValidator(_delta)]
 
 
 class ParamsError(ValueError):
@@ -189,7 +199,8 @@ class Visualize(Section):
 class Rabc(Section):
     """05: progress of every frame and the weights."""
 
-    dataset: str | None  # weight this one instead of `base.dataset`; user/name@revision on the Hub
+    # Weight this one instead of `base.dataset`; user/name@revision on the Hub.
+    dataset: Annotated[str, Field(min_length=1)] | None
     reward_model_path: str | None  # score with another reward model instead of stage 03's
     progress_path: str | None  # score nothing: take the progress from this file
     head_mode: Literal["sparse", "dense", "both"]
@@ -198,7 +209,7 @@ class Rabc(Section):
     precision: Literal["fp32", "bf16"]  # of scoring
     kappa: Kappa
     epsilon: Rate
-    delta_frames: Positive | Literal["auto"] | None  # Δ; None is the policy's chunk, auto `rabc.suggested_delta`
+    delta_frames: Delta  # Δ
     lerobot_compat: bool  # what LeRobot's RABCWeights gives, defects and all
     num_visualizations: Annotated[int, Field(ge=0)]  # lightest and heaviest frames to show
 
@@ -281,14 +292,23 @@ class Params(Section):
 
     @property
     def weighing(self) -> "Params":
-        """These values for chapters 05 to 07, which weigh and learn from `rabc.dataset` where it names one: as `base.dataset`."""
+        """These values for chapters 05 to 07, which weigh and learn from `rabc.dataset` where it names one: as `base.dataset`,
+        of which only what the reward model sees is encoded, and which need not name kinds of episodes."""
         if self.rabc.dataset is None:
             return self
         name, _, revision = self.rabc.dataset.partition("@")
-        named = {"dataset": name, "revision": revision or None}
         if self.paths.resolve(self.rabc.dataset).exists():
-            named = {"dataset": self.rabc.dataset, "revision": None}
-        return self.model_copy(update={"base": self.base.model_copy(update=named)})
+            name, revision = self.rabc.dataset, None
+        base = {"dataset": name, "revision": revision or None, "group_key": None}
+        prepare = {"image_keys": []}
+        changed = {"base": self.base.model_copy(update=base), "prepare": self.prepare.model_copy(update=prepare)}
+        return self.model_copy(update=changed)
+
+    def rabc_embeddings(self, dataset) -> Path:
+        """Where the embeddings of `rabc.dataset` lie, of which stage 00 knows nothing: named by all that decides them."""
+        encoding = self.prepare.encoder, self.prepare.precision, self.prepare.store_dtype
+        frames = dataset.fingerprint, dataset.image_keys, [(e.index, e.length) for e in dataset.episodes]
+        return self.paths.shared(f"rabc_embeddings/{digest(*encoding, *frames)}")
 
     @property
     def encoder(self) -> str:

@@ -27,7 +27,7 @@ from sarm_lib.dataset import Dataset
 
 Head = Literal["sparse", "dense"]
 HEALTHY = (0.3, 0.8)  # mean weight, by the guide
-HELD_OUT = "validation episodes (of training ones where none is held out), and the progress file has none"
+HELD_OUT = "validation episodes (or training ones, where none is held out), of which the file has none"
 ROUNDING = 1e-3  # of half precision, by which progress may leave 0 to 1
 FRAME = ("episode_index", "frame_index", "index")  # columns that say which frame a row of a progress file is of
 SETTLED = "settled"
@@ -398,7 +398,8 @@ def suggested_delta(
     the jitter of φ (N,) from frame to frame, and a fifth of a second, in which a robot hardly moves; at most a chunk.
 
     A short Δ sees where a mistake begins and ends; the paper's 25 frames of 90 s tell little apart but noise. Jitter is what
-    bends between three frames that were scored (`rabc.stride`): those between them lie on a line.
+    bends between three frames that were scored (`rabc.stride`, also of a file that somebody else made): those between them lie on
+    a line.
     """
     stride, chunk = params.rabc.stride, params.policy.chunk_size
     starts = _starts(episode_index)
@@ -406,7 +407,7 @@ def suggested_delta(
     chosen = np.isin(episode_index[starts], episodes)
     mine = np.repeat(chosen, lengths)
     if not np.isfinite(phi[mine]).any():
-        return SuggestedDelta(None, "there is no progress of validation episodes")
+        return SuggestedDelta(None, f"there is no progress of {HELD_OUT}")
     length = float(np.median(lengths[chosen]))
     at = np.arange(len(phi)) - np.repeat(starts, lengths)  # frame of its episode
     whole = mine & (at >= stride) & (at % stride == 0) & (at + stride < np.repeat(lengths, lengths))
@@ -415,7 +416,7 @@ def suggested_delta(
     bends = bends[np.isfinite(bends)]  # a file of LeRobot's may have gaps
     jitter = float(np.median(np.abs(bends)) / 0.6745 / math.sqrt(6)) if len(bends) else 0.0
     visible, shortest = math.ceil(3 * jitter * length), math.ceil(0.2 * fps)
-    frames = int(min(max(visible, shortest, 1), chunk))
+    frames = int(min(max(visible, shortest), chunk))
     decides = "a fifth of a second, which is the least" if shortest >= visible else "so that progress stands out"
     if max(visible, shortest) > chunk:
         decides = "the policy's chunk, which is the most"
@@ -438,7 +439,7 @@ def healthy_rule(r: np.ndarray, mean: float, std: float, epsilon: float) -> tupl
             break
     said = ", ".join(f"{value:.2f} by `{rule}`" for rule, value in means.items())
     unhealthy = "" if HEALTHY[0] <= means[rule] <= HEALTHY[1] else ", and none of the guide's rules brings it there"
-    return rule, f"held-out episodes have a mean weight of {said}; {HEALTHY[0]} to {HEALTHY[1]} is healthy{unhealthy}"
+    return rule, f"`auto` finds a mean weight of {said}; {HEALTHY[0]} to {HEALTHY[1]} is healthy{unhealthy}"
 
 
 def _in_order(path: Path, columns: list[str]) -> list[np.ndarray]:

@@ -326,11 +326,12 @@ def test_the_experiment_compares_what_is_comparable_and_says_how_much_it_helped(
     assert experiment.stored(file, common, origins)[1] == of_commit  # another commit with the same code
     with pytest.raises(SystemExit, match=r"other code in bc: .* or go on at commit abc"):
         experiment.stored(file, common, {"bc": {"weights": None, "code": "2", "commit": "def"}})
-    aside = [experiment.put_aside(file).name, (file.write_text(json.dumps(found)), experiment.put_aside(file).name)[1]]
-    assert aside == ["found_abc.json", "found_before.json"] and experiment.stored(file, common, origins) == (
-        {},
-        origins,
-    )
+    aside, was = [experiment.put_aside(file).name], json.dumps(found)
+    for again in (was, was):
+        file.write_text(again)
+        aside.append(experiment.put_aside(file).name)
+    assert aside == ["found_abc.json", "found_before.json", "found_before-1.json"] and not file.exists()
+    assert (tmp_path / "found_before-1.json").read_text() == was
     assert "different" not in experiment.table(found)
     assert found["arms"]["rabc"]["success_rate"] == 5 / 8 and found["arms"]["rabc"]["gap_closed"] == pytest.approx(
         3 / 5

@@ -24,8 +24,9 @@ def test_the_repository_s_own_values_load_and_are_found_from_the_notebooks_folde
         ("rabc.kapa", 0.1, "rabc.kapa: unknown key. Did you mean kappa?"),
         ("rabc.kappa", "high", "rabc.kappa: should be a number, auto, mean, mean+std"),
         ("rabc.kappa", math.nan, "rabc.kappa: should be a number, auto, mean, mean+std"),
-        ("rabc.delta_frames", "often", "rabc.delta_frames"),
-        ("rabc.delta_frames", 0, "rabc.delta_frames"),
+        ("rabc.delta_frames", "often", "rabc.delta_frames: should be a number of frames above 0, auto, or null"),
+        ("rabc.delta_frames", 0, "rabc.delta_frames: should be a number of frames above 0, auto, or null"),
+        ("rabc.dataset", "", "rabc.dataset: string should have at least 1 character"),
         ("sarm.learning_rate", math.inf, "sarm.learning_rate: "),
         ("sarm.steps", 1.5, "sarm.steps: input should be a valid integer, found 1.5"),
         ("sarm.steps", True, "sarm.steps: input should be a valid integer, found True"),
@@ -113,6 +114,7 @@ def test_chapters_that_weigh_another_dataset_see_it_as_theirs(tmp_path):
     assert (of("user/large").base.dataset, of("user/large").base.revision) == ("user/large", None)
     (folder := tmp_path / "robot@home").mkdir()
     assert (of(str(folder)).base.dataset, of(str(folder)).base.revision) == (str(folder), None)
+    assert of("user/large").prepare.image_keys == [] and of("user/large").base.group_key is None
     assert of("user/large").paths.root == ROOT and of("user/large").rabc.dataset == "user/large"
 
 
