@@ -186,7 +186,9 @@ def test_another_kappa_scores_nothing_again_and_retrains_only_what_uses_the_weig
     params = repository / "params.yaml"
     delta = pd.read_parquet(outputs / "rabc_weights.parquet").delta
     kappa = float(delta[delta > 0].median())  # the tiny model's progress hardly moves: a κ that divides its frames
-    params.write_text(params.read_text().replace("kappa: mean", f"kappa: {kappa:.9f}"))
+    was = params.read_text()
+    assert "kappa: auto" in was
+    params.write_text(was.replace("kappa: auto", f"kappa: {kappa:.9f}"))
     ran = stages_that_ran(run(repository, "dvc", "repro", "06_train_pi0"))
     assert ran == ["sources", "05_compute_rabc", "06_train_pi0"]
     assert (
