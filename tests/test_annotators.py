@@ -456,6 +456,10 @@ def test_propagate_carries_marks_finds_the_retry_and_knows_its_doubts():
     assert min(doubts) >= 0 and max(doubts) <= 1 and np.median(doubts) < 0.2
     again = list(propagate.PropagateAnnotator(made, embeddings, marks, names, seed=0).annotate(made.episodes))
     assert again == found
+    features, unmarked = annotator.features(), [e for e in made.episodes if e.index not in (0, 3, 5)]
+    learned = annotator.learn(features)  # once, to be decoded in many ways, as the benchmark does
+    looked_at = {e.index: propagate.predict(learned.ensemble, features[e.rows]) for e in unmarked}
+    assert [annotator.decode(e, looked_at[e.index], learned) for e in unmarked] == others
 
 
 def _joined(segments):
