@@ -7,7 +7,9 @@ a reward model, and an episode that was encoded before is not encoded again, als
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -36,7 +38,7 @@ from sarm_lib.live import bar
 from sarm_lib.processes import share
 
 INDEX = "index.json"
-AS_BYTES = {"do_rescale": False, "do_normalize": False}  # what a picture is before it is normalised
+RESIZING = 2  # threads that resize for a GPU, which encodes a batch sooner than one of them resizes it
 Precision = Literal["fp32", "bf16"]
 
 
@@ -72,23 +74,28 @@ class Encoder:
 
     def images(self, images: np.ndarray) -> Tensor:
         """Embed (B, H, W, 3) uint8 images: (B, E) float32 on the CPU."""
-        return self.embed(self.pixels(images))
+        return self.embed(self.pixels(images)).cpu()
 
     def pixels(self, images: np.ndarray) -> Tensor:
         """(B, H, W, 3) uint8 images as the model sees them: resized, cropped and normalised, (B, 3, S, S), on the encoder's device.
 
         A GPU resizes otherwise: one pixel in seven of the demo's differs, and an embedding by half a percent of its length. So
-        pictures are resized by the processor everywhere, and the same frames mean the same to a model wherever it runs.
+        pictures are resized on the CPU everywhere, and the same frames mean the same to a model wherever it runs.
         """
-        seen = self.processor(images=torch.from_numpy(images).permute(0, 3, 1, 2), return_tensors="pt", **AS_BYTES)
-        as_they_are = {"do_resize": False, "do_center_crop": False}
-        return self.processor(images=seen.pixel_values.to(self.device), return_tensors="pt", **as_they_are).pixel_values
+        # The processor's own steps: called as a whole, it takes a batch apart and puts it together again three times.
+        steps, seen = self.processor, torch.from_numpy(images).permute(0, 3, 1, 2)
+        if steps.do_resize:
+            seen = steps.resize(seen, steps.size, resample=steps.resample)
+        if steps.do_center_crop:
+            seen = steps.center_crop(seen, steps.crop_size)
+        scaling = steps.do_rescale, steps.rescale_factor, steps.do_normalize, steps.image_mean, steps.image_std
+        return steps.rescale_and_normalize(seen.to(self.device), *scaling).contiguous()
 
     @torch.inference_mode()
     def embed(self, pixels: Tensor) -> Tensor:
-        """Embed `pixels` (B, 3, S, S): (B, E) float32 on the CPU."""
+        """Embed `pixels` (B, 3, S, S): (B, E) float32 on the encoder's device, which a GPU may still be working on."""
         with packed_once(self._packed), full_precision(self.device):
-            return _pooled(self.model.get_image_features(pixels.to(self.device, self.dtype))).float().cpu()
+            return _pooled(self.model.get_image_features(pixels.to(self.device, self.dtype))).float()
 
     @torch.inference_mode()
     def texts(self, texts: list[str]) -> Tensor:
@@ -272,29 +279,34 @@ def _known_episodes(folder: Path, encoding: dict) -> dict[str, np.ndarray]:
 
 def _encode(dataset: Dataset, todo: list[tuple[str, str, Episode]], encoder: Encoder, work: Path, settings) -> None:
     """Embeddings (T, E) of every episode and camera of `todo` into a file of `work` that is named after what it shows,
-    unless a stopped run left it. A thread decodes and resizes ahead of the encoder, also from one episode to the next."""
+    unless a stopped run left it. Threads decode and resize ahead of the encoder, also from one episode to the next."""
     size, left = settings.encode_batch_size, [row for row in todo if not (work / f"{row[0]}.npy").exists()]
+    resizing = 1 if encoder.device.type == "cpu" else RESIZING
 
-    def batches() -> Iterator[tuple[tuple[str, str, Episode], Tensor | None]]:
+    def batches() -> Iterator[tuple[tuple[str, str, Episode], np.ndarray | None]]:
         # Batches end with their episode, so that an embedding is the same to the bit whichever process makes it, and when.
         for row in left:
             images = (image for _, image in dataset.iterate_frames(row[1], (row[2],)))
             for batch in batched(images, size):
-                yield row, encoder.pixels(np.stack(batch))
+                yield row, np.stack(batch)
             yield row, None  # its end
+
+    def resized(row: tuple[str, str, Episode], images: np.ndarray | None) -> tuple:
+        return *row, None if images is None else encoder.pixels(images)
 
     frames, found = sum(episode.length for *_, episode in todo), []
     before = frames - sum(episode.length for *_, episode in left)
-    with bar(total=frames, initial=before, desc="encoding", unit="frame") as encoded:
-        for (shown, key, episode), pixels in ahead(batches(), 2):
+    progress = bar(total=frames, initial=before, desc="encoding", unit="frame")
+    with progress as encoded, ThreadPoolExecutor(resizing) as pool:
+        for shown, key, episode, pixels in in_order(pool, resized, ahead(batches(), 2), resizing):
             if pixels is not None:
-                found.append(encoder.embed(pixels).numpy())
+                found.append(encoder.embed(pixels))
                 encoded.update(len(pixels))
             elif (given := sum(map(len, found))) != episode.length:
                 raise DatasetError(f"episode {episode.index}, {key}: {given} embeddings of {episode.length} frames")
             else:
                 with staged(work / f"{shown}.npy") as partial, partial.open("wb") as file:
-                    np.save(file, np.concatenate(found).astype(settings.store_dtype))
+                    np.save(file, torch.cat(found).cpu().numpy().astype(settings.store_dtype))
                 found = []
 
 
@@ -331,6 +343,17 @@ def ahead[T](items: Iterator[T], count: int) -> Iterator[T]:
     finally:
         stopped.set()
         thread.join()
+
+
+def in_order[T](pool: Executor, function: Callable[..., T], items: Iterator[tuple], count: int) -> Iterator[T]:
+    """What `function` makes of each of `items`, in their order; `pool` works on up to `count` of them meanwhile."""
+    working: deque = deque()
+    for item in items:
+        working.append(pool.submit(function, *item))
+        if len(working) > count:
+            yield working.popleft().result()
+    while working:
+        yield working.popleft().result()
 
 
 def _pooled(output) -> Tensor:

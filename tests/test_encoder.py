@@ -3,6 +3,7 @@
 import shutil
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -134,7 +135,7 @@ def test_an_episode_that_gives_too_few_or_too_many_pictures_is_named(monkeypatch
         encode({"prepare.encode_batch_size": size})
 
 
-def test_pictures_are_resized_by_the_processor_whatever_device_encodes_them(tiny_encoder, monkeypatch):
+def test_pictures_are_resized_on_the_cpu_whatever_device_encodes_them(tiny_encoder, monkeypatch):
     clip, images = encoder.load(str(tiny_encoder)), np.random.default_rng(0).integers(0, 256, (2, 48, 40, 3), np.uint8)
     at_once = clip.processor(images=torch.from_numpy(images).permute(0, 3, 1, 2), return_tensors="pt").pixel_values
     assert torch.equal(clip.pixels(images), at_once) and at_once.shape == (2, 3, 32, 32)
@@ -226,8 +227,31 @@ def test_frames_are_fetched_before_they_are_asked_for():
     assert list(frames) == list(range(1, 10))
 
 
+def test_several_threads_keep_the_order_and_hold_no_more_than_asked():
+    given, at_once = [], threading.Barrier(4, timeout=60)
+
+    def counted():
+        for i in range(40):
+            given.append(i)
+            yield (i,)
+
+    def waits_for_others(i):  # passes only where four work at a time
+        at_once.wait()
+        if i == 30:
+            raise ValueError(f"frame {i}")
+        return i
+
+    with ThreadPoolExecutor(4) as pool:
+        found = encoder.in_order(pool, waits_for_others, counted(), 4)
+        for i in range(30):
+            assert next(found) == i and len(given) <= i + 5
+        with pytest.raises(ValueError, match="frame 30"):
+            next(found)
+        at_once.abort()
+
+
 @pytest.mark.usefixtures("fresh")
-def test_a_thread_of_its_own_decodes_and_resizes(monkeypatch):
+def test_threads_of_their_own_decode_and_resize(monkeypatch):
     threads, iterate, resize = set(), datasets.Dataset.iterate_frames, encoder.Encoder.pixels
 
     def noted(self, *arguments):
@@ -242,7 +266,7 @@ def test_a_thread_of_its_own_decodes_and_resizes(monkeypatch):
     monkeypatch.setattr(datasets.Dataset, "iterate_frames", noted)
     monkeypatch.setattr(encoder.Encoder, "pixels", resized)
     encode()
-    assert len(threads) == 1 and threading.main_thread() not in threads
+    assert len(threads) == 2 and threading.main_thread() not in threads  # one of each on a processor
 
 
 def test_a_process_takes_its_own_gpu(monkeypatch):
