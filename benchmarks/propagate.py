@@ -1,10 +1,10 @@
-"""How sharp should `propagate` decode? Asked of marked and verified episodes alone, without a simulator's truth.
+"""How sharp should `propagate` decode? Asked of marked and verified episodes of train and val, without a simulator's truth.
 
     python -m benchmarks.propagate [--choices 28]       # under ten minutes on one core; benchmarks/propagate.json
 
 Eight of the marked episodes, of train and val alike, are chosen at random; `propagate` learns from them and annotates the other
-marked ones and those that a person verified (`verify.corrections`). That many times over; frames, boundaries and retries are
-pooled. What varies is how far neighbouring frames count as independent evidence (`SHARPNESS`). `smaller` is the smaller of
+marked ones and those that were verified by eye: some of train (`verify.corrections`) and all of val (`benchmarks.looks`). That
+many times over; frames, boundaries and retries are pooled. What varies is how far neighbouring frames count as independent evidence (`SHARPNESS`). `smaller` is the smaller of
 precision and recall of retries: who claims many finds many.
 """
 
@@ -15,7 +15,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from benchmarks import looks
 from sarm_lib import agreement, annotations, corrections, dataset, encoder, params
+from sarm_lib.annotations import Annotation
 from sarm_lib.annotators import propagate
 
 SHARPNESS = (0.35, 0.5, 0.65, 0.8, 1.0)
@@ -23,13 +25,16 @@ LEARNED_FROM = 8
 
 
 def known_episodes(config, demos, vocabulary: dict[str, list[str]]) -> tuple[list, dict]:
-    """The marks, and what a person said of every marked or verified episode (episode: Annotation)."""
+    """The marks, and what is known of every marked or verified episode of train and val (episode: Annotation)."""
     marks = corrections.marks_from_params(config, demos)
-    raw = annotations.load(config.paths.read("annotations", "01_annotate"), vocabulary, demos)
     said = corrections.read_corrections(config.paths.resolve(config.verify.corrections), demos)
+    raw = annotations.load(config.paths.read("annotations", "01_annotate"), vocabulary, demos)
     reviewed = corrections.apply(raw, said, demos, vocabulary)
     verified = {outcome.episode for outcome in reviewed.outcomes} - {outcome.episode for outcome in reviewed.unsettled}
-    return marks, {a.episode: a for a in reviewed.annotations if a.episode in verified} | {m.episode: m for m in marks}
+    seen = looks.decided(config, demos)
+    of_val = {e.index: Annotation(e.index, e.length, "manual", None, seen[e.index]) for e in demos.split("val")}
+    known = {a.episode: a for a in reviewed.annotations if a.episode in verified}
+    return marks, known | of_val | {mark.episode: mark for mark in marks}
 
 
 def choose(rng: np.random.Generator, marks: list, vocabulary: dict[str, list[str]]) -> list:

@@ -1,11 +1,16 @@
 """What `make bench` runs, at sizes that take no time: a benchmark that no longer runs is seen here."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 
 from benchmarks import compile as compiling
-from benchmarks import small_pi05, speed
+from benchmarks import looks, small_pi05, speed
+from sarm_lib import annotations, dataset, params
+from sarm_lib.annotations import Annotation, Segment
 from sarm_lib.model import Sarm, SarmSpec
 from sarm_lib.windows import WindowSpec
 from tests.conftest import ROOT, make_encoder
@@ -88,3 +93,32 @@ def test_the_second_policy_reads_a_number_as_one_token_and_near_numbers_alike():
     pair = small_pi05.towers({"depth": 1, "vision_depth": 1, "expert_width": 32}, tokenizer)
     table = pair.embed_language_tokens(torch.tensor(tokenizer.convert_tokens_to_ids(["7", "8", "107"])))
     assert torch.cosine_similarity(table[0], table[1], dim=0) > 0.9 > torch.cosine_similarity(table[0], table[2], dim=0)
+
+
+def test_a_third_look_decides_where_two_differ(monkeypatch):
+    rows = lambda *starts: tuple(Segment(n, s, s + 9) for n, s in zip("abc", starts))  # noqa: E731
+    said = {
+        "first": {1: rows(0, 10), 2: rows(0, 10), 3: rows(0, 10), 4: rows(0, 10, 20)},
+        "second": {1: rows(0, 13), 2: rows(0, 14), 3: rows(0, 16), 4: rows(0, 10)},
+        "third": {2: rows(0, 13), 3: rows(0, 12), 4: rows(0, 30)},
+        "corrections": {0: rows(0, 50), 5: rows(0, 40)},
+    }
+    monkeypatch.setattr(looks, "read", lambda path, demos: said[path.stem])
+    demos = SimpleNamespace(episodes=[SimpleNamespace(index=i, split="val" if i else "train") for i in range(6)])
+    config = SimpleNamespace(
+        paths=SimpleNamespace(resolve=Path), verify=SimpleNamespace(corrections="corrections.yaml")
+    )
+    first, second = said["first"], said["second"]
+    # 1: nearly alike; 2 and 3: the nearer one, by a boundary; 4: by the subtasks; 5: verified before, as 0 was, of train
+    assert looks.decided(config, demos) == {1: first[1], 2: second[2], 3: first[3], 4: second[4], 5: rows(0, 40)}
+
+
+def test_every_held_out_episode_of_the_demo_was_looked_at(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = params.load("params.yaml")
+    demos, names = dataset.from_params(config), {"dense": annotations.vocabulary(config)["dense"]}
+    found = looks.decided(config, demos)
+    assert sorted(found) == [e.index for e in demos.episodes if e.split != "train"]
+    for episode, segments in found.items():
+        length = demos.episodes[episode].length
+        annotations.validate(Annotation(episode, length, "manual", None, segments), names, length)

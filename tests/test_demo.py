@@ -120,7 +120,7 @@ def test_the_same_seed_gives_the_recorded_states_and_actions(kind, table, frames
 
 
 def test_it_was_marked_and_corrected_without_the_simulators_truth():
-    """The columns are gone, asking for one is an error, and what was looked at is in git."""
+    """The columns are gone, asking for one is an error, and what was seen otherwise than it was annotated is in git."""
     from demo import contact_sheets
     from sarm_lib.dataset import DatasetError
 
@@ -133,7 +133,7 @@ def test_it_was_marked_and_corrected_without_the_simulators_truth():
     assert "sim.stage" in recorded and blind.truth("stage", None) is None
     assert blind.vectors("observation.state").shape == (blind.num_frames, 4)
     sheets = sorted((ROOT / "demo/contact_sheets").glob("*.jpg"))
-    assert [path.stem for path in sheets] == [f"episode_{i:03d}" for i in contact_sheets.looked_at(blind)]
+    assert [path.stem for path in sheets] == [f"episode_{i:03d}" for i in contact_sheets.in_git(blind)]
     assert {"episode_006", "episode_037", "episode_086", "episode_094"} < {path.stem for path in sheets}
 
 

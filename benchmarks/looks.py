@@ -1,0 +1,104 @@
+"""What can be seen by eye? Two independent looks at the demo's held-out episodes, beside the annotator and the simulator.
+
+    python -m benchmarks.looks      # seconds, after stage 01; benchmarks/looks.json
+
+Every frame of the validation and test episodes was looked at twice (`demo/looks/first.yaml`, `second.yaml`; what the file of
+corrections says of six validation episodes already was not looked at again), by the guide of `demo/marks.yaml`, on sheets
+whose code cannot see the simulator's truth (`demo.contact_sheets`), neither knowing the other. Both looked at the annotator's
+answer too, so that they are nearer to it, and to each other, than two markings from scratch would be. Where a boundary of
+theirs lies more than `ALIKE` frames apart, a third look (`third.yaml`) decides for the one that is nearer to it: what is
+*decided* is what the annotator can be asked to find. That of validation is also what `benchmarks.propagate` compares with.
+
+No annotation of the demo is made from these looks: its figures on held-out episodes are the annotator's own.
+"""
+
+import json
+from pathlib import Path
+
+from sarm_lib import agreement, annotations, corrections, dataset, params
+from sarm_lib.annotations import Annotation, Segment
+from sarm_lib.dataset import Dataset
+
+ALIKE = 3  # frames
+LOOKS = Path("demo/looks")
+HEAD = "dense"
+FIGURES = ("episodes", "frame_agreement", "boundary_error_frames", "boundary_error_p90_frames", "boundaries_missed",
+           "boundaries_extra", "retries", "retry_recall", "retry_precision")  # fmt: skip
+
+type Segments = dict[int, tuple[Segment, ...]]  # by episode
+
+
+def read(path: Path, demos: Dataset) -> Segments:
+    """What a file of corrections says is right, in the dense head: a fix's segments, or those that were accepted."""
+    said = corrections.read_corrections(path, demos)
+    return {c.episode: c.segments.get(HEAD) or c.was[HEAD] for c in said if c.verdict != "reject"}
+
+
+def apart(one: tuple[Segment, ...], other: tuple[Segment, ...]) -> float:
+    """Frames between the boundaries that lie farthest apart; infinite where the subtasks are not the same."""
+    if [s.subtask for s in one] != [s.subtask for s in other]:
+        return float("inf")
+    return max(abs(a.start - b.start) for a, b in zip(one, other, strict=True))
+
+
+def decided(config, demos: Dataset) -> Segments:
+    """What is right in every held-out episode, as far as it can be seen."""
+    first, second, third = (read(LOOKS / f"{name}.yaml", demos) for name in ("first", "second", "third"))
+    found = {}
+    for episode, one in first.items():
+        other = second[episode]
+        nearest = apart(one, other) <= ALIKE or apart(one, third[episode]) <= apart(other, third[episode])
+        found[episode] = one if nearest else other
+    held_out = {e.index for e in demos.episodes if e.split != "train"}
+    before = read(config.paths.resolve(config.verify.corrections), demos)
+    return found | {episode: said for episode, said in before.items() if episode in held_out}
+
+
+def measure() -> dict:
+    """Figures of every pair, by split."""
+    config = params.load("params.yaml")
+    demos = dataset.from_params(config)
+    vocabulary = annotations.vocabulary(config)
+    names, raw = vocabulary[HEAD], annotations.load(config.paths.read("annotations", "01_annotate"), vocabulary, demos)
+    eye = decided(config, demos)
+    of = {
+        "first": read(LOOKS / "first.yaml", demos),
+        "second": read(LOOKS / "second.yaml", demos),
+        "decided": eye,
+        "annotator": {a.episode: a.head(HEAD) for a in raw if a.episode in eye},
+    }
+    stage = demos.truth("stage", config.base.truth_prefix)
+    assert stage is not None, "the demo's dataset has a simulator's stages"
+    of["simulator"] = {e: s for e, s in agreement.truth(stage, demos, names).items() if e in eye}
+    lengths = {e.index: e.length for e in demos.episodes}
+
+    def compared(reference: str, given: str, splits: tuple[str, ...]) -> dict:
+        asked = {e.index for e in demos.episodes if e.split in splits} & of[reference].keys() & of[given].keys()
+        theirs = [Annotation(e, lengths[e], "manual", None, of[given][e]) for e in sorted(asked)]
+        pairs = agreement.compare_all({e: of[reference][e] for e in asked}, theirs, HEAD, names, demos.fps)
+        row = agreement.summary(pairs, demos.fps)
+        return {figure: row.get(figure) for figure in FIGURES}
+
+    rows = [("first", "second"), ("decided", "annotator")]
+    rows += [("simulator", given) for given in ("annotator", "first", "second", "decided")]
+    return {
+        "alike": ALIKE,
+        "changed": {name: [c.episode for c in corrections.read_corrections(LOOKS / f"{name}.yaml", demos) if c.verdict == "fix"]
+                    for name in ("first", "second", "third")},
+        "compared": [
+            {"reference": reference, "given": given, "split": name, **compared(reference, given, splits)}
+            for reference, given in rows
+            for name, splits in agreement.SCORED.items()
+        ],
+    }  # fmt: skip
+
+
+def main() -> None:
+    found = measure()
+    Path(__file__).with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+    for row in found["compared"]:
+        print(f"{row['given']} against {row['reference']}, {row['split']}:", {k: row[k] for k in FIGURES if "boundar" not in k})
+
+
+if __name__ == "__main__":
+    main()
