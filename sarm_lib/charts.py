@@ -498,7 +498,7 @@ def annotated_episode(
             known = subtask in names[head]  # a correction may name what the vocabulary has no more
             colour = STAGE_COLOURS[names[head].index(subtask) % len(STAGE_COLOURS)] if known else "#777777"
             x0, x1 = x_of(start), x_of(end + 1)
-            draw.rectangle((x0, y, x1 - 1, y + bar), fill=colour)
+            draw.rectangle((x0, y, max(x0, x1 - 1), y + bar), fill=colour)  # a short one of a long episode: a line
             if start:
                 cut(x0, y, y + bar)
             if start and head == list(segments)[-1]:  # its boundaries also cut the pictures

@@ -65,8 +65,8 @@ class Correction:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a correction: `accepted`, `fixed` or `rejected`; `outdated` where the annotation has changed since
-    it was accepted; `unfit` where the fix is no valid annotation of that episode (any more)."""
+    """What became of a correction: `accepted`, `fixed` or `rejected`; `outdated` where an annotation has changed since
+    it was accepted, or was left as it was by a fix of the other head; `unfit` where the fix is no valid annotation of that episode (any more)."""
 
     episode: int
     verdict: Verdict
@@ -105,8 +105,8 @@ def apply(
 ) -> Reviewed:
     """Put every correction on its annotation; nothing is dropped without an outcome that says so.
 
-    A fix is about the video, so it holds also where the annotation beneath has changed; an acceptance is about the
-    annotation that was seen, so it is outdated where a boundary lies more than `SEEN_ALIKE` seconds, and a frame, from where
+    A fix is about the video, so it holds also where the annotation beneath has changed; an acceptance, as of a head that a
+    fix does not name, is about the annotation that was seen, so it is outdated where a boundary lies more than `SEEN_ALIKE` seconds, and a frame, from where
     it was. An episode that nobody annotated can be fixed too.
     """
     frames = max(1, round(SEEN_ALIKE * dataset.fps))
@@ -151,8 +151,17 @@ def apply(
                     note += "\nIf a subtask was renamed in params.yaml, rename it in this correction too."
             else:
                 by_episode[episode] = fixed
-                outcome = "fixed"
-                note = "the annotation beneath has changed since" if changed else correction.why
+                outcome, note = "fixed", correction.why
+                unseen = [
+                    head
+                    for head, was in correction.was.items()
+                    if head in asked and head not in said and not _alike(base.head(head), was, frames)
+                ]
+                if unseen:
+                    outcome = "outdated"
+                    note = f"what it fixes holds; the {' and '.join(unseen)} annotation is no longer the one that was seen: look again"
+                elif changed and correction.was:
+                    note = "the annotation beneath has changed since"
         outcomes.append(Outcome(episode, correction.verdict, outcome, note))
     return Reviewed([by_episode[i] for i in sorted(by_episode)], sorted(rejected), outcomes)
 
@@ -346,8 +355,14 @@ def _unfinished(entries: list[MarkEntry], vocabulary: dict[str, list[str]]) -> d
 
 
 def contents(path: Path) -> Any:
-    """What a file says, comments aside, as JSON values; None where there is no file."""
-    return json.loads(json.dumps(_yaml(path), default=str)) if path.exists() else None
+    """What a file says, comments aside, as JSON values; None where there is no file. Raises AnnotationError where it cannot be
+    read."""
+    if not path.exists():
+        return None
+    try:
+        return json.loads(json.dumps(_yaml(path), default=str))
+    except (TypeError, ValueError) as error:  # a date for a key, or a list that holds itself
+        raise AnnotationError(f"{path.name} says what no file of ours can say: {error}") from None
 
 
 def episodes_in(path: Path, kind: Kind, dataset: Dataset) -> list[int]:
@@ -593,7 +608,7 @@ def _put(path: Path, kind: Kind, dataset: Dataset, episode: int, entry: dict | N
         place = next((i for i, piece in enumerate(pieces) if piece.episode > episode), len(pieces))
         pieces.insert(place, _Piece(episode, "", _lines(entry, column)))
     text = start + "".join(piece.above + piece.lines for piece in pieces) + end
-    with staged(path) as partial:
+    with staged(path.resolve()) as partial:  # a link may lead into another repository, and stays one
         partial.write_text(text, newline=newline)
         try:
             _entries(partial, kind, dataset)

@@ -36,6 +36,11 @@ def push(kind: str, repo_id: str, outputs: Path, private: bool = False, api: HfA
         path / "meta/info.json" if kind == "dataset" else path / CONFIG if kind == "reward-model" else path
     ).exists():
         raise FileNotFoundError(f"{path} is not there yet: run the pipeline first (dvc repro)")
+    if kind == "dataset" and not any(file.exists() for file in (path / "data").rglob("*.parquet")):
+        raise FileNotFoundError(
+            f"{path} has annotations and no frames: DVC does not keep its links to data and videos. "
+            "`dvc repro -f -s 02_verify` makes them again"
+        )
     address = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True)
     where = {"repo_id": repo_id, "repo_type": repo_type, "commit_message": f"{kind} made by SARM"}
     if path.is_file():

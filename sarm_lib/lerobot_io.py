@@ -53,11 +53,18 @@ def link_media(source: Path, target: Path) -> None:
     """
     for name in MEDIA:
         remove(target / name)
-        for file in sorted((source / name).rglob("*")):
-            if file.is_file():
-                link = target / file.relative_to(source)
-                link.parent.mkdir(parents=True, exist_ok=True)
-                link.symlink_to(os.path.relpath(file.resolve(), link.parent.resolve()))
+    for file in _media(source):
+        link = target / file.relative_to(source)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(file.resolve(), link.parent.resolve()))
+
+
+def _media(root: Path) -> list[Path]:
+    """Files of data, videos and images; a camera's folder may be a link."""
+    found = [
+        Path(folder) / n for name in MEDIA for folder, _, names in os.walk(root / name, followlinks=True) for n in names
+    ]
+    return sorted(file for file in found if file.is_file())
 
 
 def _with_columns(table: pa.Table, added: dict[str, list]) -> pa.Table:
@@ -75,9 +82,12 @@ def _with_columns(table: pa.Table, added: dict[str, list]) -> pa.Table:
 def read_labels(folder: Path, dataset: Dataset, heads: tuple[str, ...]) -> Labels:
     """Targets of every frame of `dataset` from an annotated dataset's columns and proportions.
 
-    Frames of an episode without annotation have stage 0 and τ 0 and are not in `annotated`.
+    Frames of an episode without annotation have stage 0 and τ 0 and are not in `annotated`. Links to data and videos that DVC
+    did not bring along (`dvc checkout`, `dvc pull`) are made anew.
     Raises ValueError for the annotations of another dataset, and with the episode and the subtask where one is unknown.
     """
+    if not all((folder / file.relative_to(dataset.root)).exists() for file in _media(dataset.root)):
+        link_media(dataset.root, folder)
     if fingerprint(folder) != dataset.fingerprint:
         raise ValueError(
             f"{folder} holds the annotations of another dataset (or of an older state of it): run 02_verify again"

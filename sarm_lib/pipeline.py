@@ -25,7 +25,8 @@ from traitlets.config import Config
 
 from sarm_lib import corrections, lerobot_io, live, reports
 from sarm_lib import dataset as datasets
-from sarm_lib.artifacts import file_digest, folder_digest, folder_identity, read_json, staged, write_json
+from sarm_lib.annotations import AnnotationError
+from sarm_lib.artifacts import digest, file_digest, folder_digest, folder_identity, read_json, staged, write_json
 from sarm_lib.params import find_upwards, load
 
 log = logging.getLogger("sarm")
@@ -82,6 +83,7 @@ def write_sources(root: Path) -> None:
         described = describe_dataset(params)
         write_json(partial / "rabc_dataset.json", describe_dataset(params.weighing) if params.rabc.dataset else None)
         write_json(partial / "dataset.json", described)
+        write_json(partial / "labels.json", describe_labels(params))
         check_people(params, described["fingerprint"])
         for kind, path in (("marks", params.annotate.marks), ("corrections", params.verify.corrections)):
             write_json(partial / f"{kind}.json", corrections.contents(params.paths.resolve(path)))
@@ -123,6 +125,16 @@ def describe_dataset(params) -> dict[str, Any]:
         "fingerprint": datasets.fingerprint(where) if there else None,
         "splits": read_json(where / "meta/info.json").get("splits") if there else None,
     }
+
+
+def describe_labels(params) -> str | None:
+    """A digest of the files in which a local dataset carries annotations, where they are asked for: its fingerprint leaves
+    these out. Labels of frames count in that."""
+    root = params.paths.resolve(params.base.dataset)
+    if "dataset" not in (params.annotate.annotator, params.annotate.second_opinion) or not datasets.is_local(root):
+        return None
+    files = [*sorted(root.glob("meta/episodes/**/*.parquet")), root / "meta/subtasks.parquet"]
+    return digest([file_digest(file) for file in files if file.is_file()])
 
 
 def describe_environment(root: Path, name: str | None) -> dict[str, Any]:
@@ -226,7 +238,10 @@ def main() -> None:
 
 def act(arguments: argparse.Namespace, root: Path) -> None:
     if arguments.command == "sources":
-        write_sources(root)
+        try:
+            write_sources(root)
+        except AnnotationError as error:  # a file of marks or corrections that cannot be read
+            sys.exit(str(error))
     elif arguments.command == "run":
         run(root, arguments.name)
     elif arguments.command == "export":

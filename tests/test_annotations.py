@@ -17,7 +17,7 @@ from sarm_lib import annotations
 from sarm_lib.annotations import Annotation, AnnotationError, Segment
 from sarm_lib.dataset import open_dataset
 from sarm_lib.lerobot_io import read_labels, write_annotated_dataset
-from tests.conftest import ROOT, make_dataset
+from tests.conftest import CAMERAS, ROOT, make_dataset
 
 NAMES = {"sparse": ["reach", "grasp"]}
 
@@ -374,6 +374,34 @@ def test_lerobot_opens_the_annotated_dataset_and_every_row_is_the_right_episode_
             assert row["sparse_subtask_end_times"] == [(i + 1) / 10, (dataset.episodes[i].length - 1) / 10]
     labels = read_labels(tmp_path / "target", open_dataset(tmp_path / "target"), ("sparse",))
     assert labels.annotated == {0, 1, 2, 4, 5, 6, 7} and labels.stage_names == {"sparse": ["reach", "grasp"]}
+
+
+@pytest.mark.parametrize("lost", ["the links", "where they lead"])
+def test_links_that_dvc_did_not_bring_along_are_made_anew(tmp_path, tiny, lost):
+    dataset, target = open_dataset(tiny), tmp_path / "target"
+    whole = [Annotation(e.index, e.length, "test", (Segment("go", 0, e.length - 1),), None) for e in dataset.episodes]
+    write_annotated_dataset(dataset, whole, {"sparse": {"go": 1.0}}, target)
+    links = sorted(path for path in target.rglob("*") if path.is_symlink())
+    if lost == "the links":
+        shutil.rmtree(target / "videos"), shutil.rmtree(target / "data")
+    else:
+        for path in links:
+            path.unlink()
+            path.symlink_to("nowhere")
+    assert len(read_labels(target, dataset, ("sparse",)).annotated) == 8
+    assert links == sorted(path for path in target.rglob("*") if path.is_symlink()) and all(p.exists() for p in links)
+
+
+def test_a_camera_whose_folder_is_a_link_is_linked_too(tmp_path):
+    root = make_dataset(tmp_path / "source")
+    camera = next(path for path in sorted((root / "videos").iterdir()))
+    camera.rename(tmp_path / "elsewhere")
+    camera.symlink_to(tmp_path / "elsewhere")
+    dataset = open_dataset(root)
+    whole = [Annotation(e.index, e.length, "test", (Segment("go", 0, e.length - 1),), None) for e in dataset.episodes]
+    write_annotated_dataset(dataset, whole, {"sparse": {"go": 1.0}}, tmp_path / "target")
+    assert sorted(p.name for p in (tmp_path / "target/videos").iterdir()) == sorted(CAMERAS)
+    assert list((tmp_path / "target/videos" / camera.name).rglob("*.mp4"))
 
 
 def test_a_subtask_that_the_proportions_do_not_know_is_named_with_its_episode(tmp_path, project):

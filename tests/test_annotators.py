@@ -183,6 +183,12 @@ def test_asked_anew_only_what_failed_is_asked_once_more(demos, tmp_path):
     fourth = Scripted({}, name="fourth")
     annotators.run(fourth, demos, SPARSE, **how)
     assert len(fourth.asked) == 8, "all was answered: again means all of them"
+    mark = Annotation(5, demos.episodes[5].length, "manual", (Segment("go", 0, demos.episodes[5].length - 1),), None)
+    for settled in ({"allow_failed": True}, {"marks": [mark]}):  # the stage goes on, so that the next run begins anew
+        for _ in range(2):
+            stubborn = Scripted({5: "fails"})
+            annotators.run(stubborn, demos, SPARSE, **how, **settled)
+            assert len(stubborn.asked) == 8
 
 
 def test_a_failed_episode_is_listed_with_its_reason_and_blocks(demos, tmp_path):
@@ -391,6 +397,38 @@ def test_keyframes_find_the_subtasks_of_a_robot_from_its_order_alone():
     assert result["frame_agreement"] > 0.9 and result["boundary_error_frames"] <= 2
 
 
+@pytest.mark.parametrize(
+    "sparse", [["go", "come back"], ["go", "stop", "come back"], ["leave", "wait", "return", "rest"]]
+)
+def test_keyframes_of_two_heads_never_contradict_each_other(sparse):
+    """Whichever head is the finer one."""
+    names = {"sparse": sparse, "dense": NAMES["dense"]}
+    made, truth, _ = robot()
+    coarser, finer = ("dense", "sparse") if len(sparse) > len(NAMES["dense"]) else ("sparse", "dense")
+    part_of = {}
+    for annotation in keyframes.KeyframeAnnotator(made, names).annotate(made.episodes):
+        annotations.validate(annotation, names, truth[annotation.episode][-1].end + 1)
+        for segment in annotation.head(finer):
+            (around,) = [s for s in annotation.head(coarser) if s.start <= segment.start and segment.end <= s.end]
+            assert part_of.setdefault(segment.subtask, around.subtask) == around.subtask
+    assert set(part_of.values()) == set(names[coarser])
+
+
+@given(st.integers(0, 2**16), st.integers(1, 6), st.integers(0, 3))
+@settings(max_examples=100, deadline=None)
+def test_fine_subtasks_belong_to_coarse_ones_in_runs_that_share_the_most(seed, coarse, more):
+    fine = coarse + more
+    together = np.random.default_rng(seed).integers(0, 9, (fine, coarse)).astype(float)
+    found = keyframes.in_runs(together)
+    ways = [
+        np.searchsorted(cuts, np.arange(fine), side="right")
+        for cuts in itertools.combinations(range(1, fine), coarse - 1)
+    ]
+    assert any((found == way).all() for way in ways)
+    rows = np.arange(fine)
+    assert together[rows, found].sum() == max(together[rows, way].sum() for way in ways)
+
+
 def test_keyframes_pass_over_an_episode_that_is_too_short_to_learn_from():
     made, _, _ = robot()
     names = {"dense": NAMES["dense"]}
@@ -429,6 +467,10 @@ def test_what_a_fit_depends_on_names_its_work():
         assert (
             build(replace(made, episodes=made.episodes[:-1])).identity == build(made).identity
         )  # one of val: no matter
+    halved = replace(embeddings, cameras={k: v.astype(np.float16) for k, v in embeddings.cameras.items()})
+    rounded = replace(halved, cameras={k: v.astype(np.float32) for k, v in halved.cameras.items()})
+    known = [propagate.PropagateAnnotator(made, e, [mark], names, 0).identity for e in (embeddings, halved, rounded)]
+    assert known[0] != known[1] != known[2] != known[0], "stored or encoded in another precision"
 
 
 def test_propagate_carries_marks_finds_the_retry_and_knows_its_doubts():

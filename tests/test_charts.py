@@ -129,3 +129,12 @@ def test_a_table_shows_whole_numbers_as_such_and_says_where_there_is_none():
     shown = charts.table(pd.DataFrame({"retries": [3.0, 0.0], "retry_recall": [0.75, float("nan")]}, index=["a", "b"]))
     assert shown.to_dict("list") == {"retries": [3, 0], "retry recall": [0.75, "–"]}
     assert "3.0" not in shown.to_string()
+
+
+@pytest.mark.parametrize("length", [2, 40, 100_000])
+def test_a_segment_of_two_frames_is_drawn_in_an_episode_of_any_length(length):
+    rows = [("a", 0, 0), ("b", 1, 1)] if length == 2 else [("a", 0, 9), ("b", 10, 11), ("a", 12, length - 1)]
+    page = charts.annotated_episode(
+        np.zeros((10, 8, 8, 3), np.uint8), {"dense": rows}, {"dense": ["a", "b"]}, length, 30, ""
+    )
+    assert page.width > 1000

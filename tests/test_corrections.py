@@ -351,6 +351,17 @@ def test_a_correction_that_no_longer_fits_is_reported_and_the_annotation_stands(
 def test_an_episode_that_nobody_annotated_can_be_fixed(demos):
     reviewed = corrections.apply([], [fix(annotation(demos, 6), 4)], demos, NAMES)
     assert [a.episode for a in reviewed.annotations] == [6]
+    unseen = replace(fix(annotation(demos, 6), 4), was={})
+    assert corrections.apply([], [unseen], demos, NAMES).outcomes[0].note == "late", "nothing has changed beneath it"
+
+
+def test_a_link_to_a_file_elsewhere_stays_one(demos, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    link, target = tmp_path / "corrections.yaml", tmp_path / "elsewhere/ours.yaml"
+    target.write_text(f"dataset: {demos.fingerprint}\ncorrections:\n")
+    link.symlink_to(target)
+    corrections.record_correction(link, demos, fix(annotation(demos, 3), 9))
+    assert link.is_symlink() and [c.episode for c in corrections.read_corrections(target, demos)] == [3]
 
 
 @pytest.mark.parametrize(

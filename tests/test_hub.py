@@ -1,5 +1,7 @@
 """Pushing: one explicit command each, everything that is needed, nothing else; against a Hub that only writes down."""
 
+import shutil
+
 import httpx
 import pytest
 from huggingface_hub.errors import RevisionNotFoundError
@@ -77,6 +79,14 @@ def test_dataset_and_progress_go_to_a_dataset_repository(project):
     )
     assert tagged == {CODEBASE_VERSION}, "LeRobot opens no dataset without it"
     assert api.asked[5][1] == "sarm_progress.parquet"
+
+
+def test_a_dataset_without_its_links_is_not_pushed(project, tmp_path):
+    shutil.copytree(project / "outputs/dataset/meta", tmp_path / "dataset/meta")
+    api = Notebook()
+    with pytest.raises(FileNotFoundError, match=r"annotations and no frames(?s:.*)dvc repro -f -s 02_verify"):
+        hub.push("dataset", "me/data", tmp_path, api=api)
+    assert not api.asked
 
 
 @pytest.mark.parametrize("kind", hub.KINDS)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import nbformat
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -89,6 +91,42 @@ def test_splits_are_part_of_what_a_dataset_is(tmp_path, tiny, tiny_encoder):
     (folder / "data/tiny/meta/info.json").write_text(json.dumps(info))
     after = pipeline.describe_dataset(load(folder / "params.yaml"))
     assert after == {**before, "splits": info["splits"]} and before["splits"] != after["splits"]
+
+
+def test_labels_mended_in_the_dataset_are_seen_where_they_are_asked_for(tmp_path, tiny, tiny_encoder):
+    folder = make_project(tmp_path / "p", tiny, tiny_encoder)
+    (table,) = sorted((folder / "data/tiny").glob("meta/episodes/**/*.parquet"))
+    asked = {"annotate.annotator": "dataset"}
+
+    def seen(overrides=None):
+        config = load(folder / "params.yaml", overrides)
+        return pipeline.describe_dataset(config), pipeline.describe_labels(config)
+
+    (before, labels), (_, unasked) = seen(asked), seen()
+    rows = pq.read_table(table)
+    pq.write_table(rows.append_column("sparse_subtask_names", pa.array([["a"]] * len(rows))), table)
+    assert seen(asked)[0] == before and seen(asked)[1] != labels
+    assert unasked is seen()[1] is None
+    assert seen({"annotate.second_opinion": "dataset"})[1] == seen(asked)[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("2026-11-26: x\n", "corrections.yaml says what no file of ours can say"),
+        ("dataset: [", "corrections.yaml is not YAML"),
+    ],
+)
+def test_a_file_of_people_that_cannot_be_read_is_said_before_anything_runs(tmp_path, tiny, tiny_encoder, text, found):
+    folder = make_project(tmp_path / "p", tiny, tiny_encoder)
+    (folder / "corrections.yaml").write_text(text)
+    (folder / "params.yaml").write_text(
+        re.sub(r"corrections: .*", "corrections: corrections.yaml", (folder / "params.yaml").read_text(), count=1)
+    )
+    asked = subprocess.run(
+        [sys.executable, "-m", "sarm_lib.pipeline", "sources"], cwd=folder, capture_output=True, text=True
+    )
+    assert asked.returncode == 1 and found in asked.stderr and "Traceback" not in asked.stderr
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from PIL import Image
 
 from sarm_lib.annotations import Annotation, AnnotationError, Segment, validate
 from sarm_lib.corrections import apply, of_now, read_corrections, read_marks, record_correction, record_mark
-from sarm_lib.dataset import open_dataset
+from sarm_lib.dataset import DatasetError, open_dataset
 from sarm_lib.widgets.scrubber import SHORTEST, Scrubber, boundaries, moved, removed, split, spread
 
 from .conftest import CAMERAS, LENGTHS, ROOT
@@ -99,7 +99,22 @@ def test_frames_arrive_as_one_jpeg_a_camera(view, opened):
 def test_a_frame_that_cannot_be_read_is_an_error_beside_it(view):
     view("send_frame", episode=3, frame=20)
     ((content, images),) = view.received
-    assert "episode 3" in content["error"] and "no frame 20" in content["error"] and not images
+    assert "episode 3" in content["error"] and "no frame 20" in content["error"] and images == [b"", b""]
+
+
+def test_a_camera_that_cannot_be_read_leaves_the_others(view, scrubber, monkeypatch):
+    read = scrubber._reader.read
+
+    def one_is_gone(episode, key, frame):
+        if key == CAMERAS[0]:
+            raise DatasetError(f"episode {episode.index}, {key}: the file is missing")
+        return read(episode, key, frame)
+
+    monkeypatch.setattr(scrubber._reader, "read", one_is_gone)
+    view("send_frame", episode=3, frame=2)
+    ((content, images),) = view.received
+    assert f"{CAMERAS[0]}: the file is missing" in content["error"] and CAMERAS[1] not in content["error"]
+    assert images[0] == b"" and Image.open(io.BytesIO(images[1])).size == (32, 32)
 
 
 def test_no_frame_is_in_the_state(view, scrubber):
@@ -469,7 +484,7 @@ def test_marks_that_lack_a_head_are_shown_and_completed(opened, tmp_path):
         view.dense == [[s.subtask, s.start, s.end] for s in dense] and "nothing is marked for sparse" in scrubber.status
     )
     view("fix")
-    assert "nothing is marked for sparse yet" in scrubber.error and read_marks(path, opened, whole) == []
+    assert "nobody has said where sparse subtasks begin" in scrubber.error and read_marks(path, opened, whole) == []
     view("move", head="sparse", boundary=0, at=6)
     view("fix")
     (mark,) = read_marks(path, opened, whole)
@@ -483,6 +498,57 @@ def in_both(opened, episode):
     length = opened.episodes[episode].length
     dense = (Segment("reach", 0, 4), Segment("grasp", 5, 8), Segment("lift", 9, length - 1))
     return Annotation(episode, length, "test", (Segment("near", 0, 5), Segment("far", 6, length - 1)), dense)
+
+
+@pytest.mark.parametrize(("way", "state"), [("marks", "marked"), ("corrections", "fixed")])
+def test_a_head_that_nobody_touched_is_not_saved_with_the_other(opened, tmp_path, way, state):
+    path = tmp_path / "said.yaml"
+    scrubber = Scrubber(opened, [], BOTH, order=[3, 0], **{way: path})
+    view = View(scrubber)
+    view("move", head="dense", boundary=0, at=5)
+    view("fix")
+    assert "nobody has said where sparse subtasks begin" in scrubber.error and not path.exists()
+    view("move", head="sparse", boundary=0, at=6)
+    view("fix")
+    assert scrubber.states == {"3": state} and not scrubber.error
+    again = Scrubber(opened, [], BOTH, order=[3, 0], **{way: path})  # what was said is not asked for twice
+    again.show_episode(3)
+    View(again)("move", head="dense", boundary=0, at=6)
+    View(again)("fix")
+    assert not again.error and again.segments["sparse"][1][1] == 6
+
+
+def test_a_boundary_that_heads_share_and_one_leaves_is_said(opened, tmp_path):
+    dense = in_both(opened, 3).dense
+    shared = replace(in_both(opened, 3), sparse=(Segment("near", 0, 8), Segment("far", 9, dense[-1].end)))
+    scrubber = Scrubber(opened, [shared], BOTH, order=[3], corrections=tmp_path / "c.yaml")
+    view = View(scrubber)
+    view("move", head="dense", boundary=0, at=4)
+    assert not scrubber.status, "only dense changes there"
+    view("move", head="dense", boundary=1, at=11)
+    left = "sparse still changes at frame 9, where dense did too"
+    assert left in scrubber.status
+    view("fix")
+    assert scrubber.states == {"3": "fixed"} and left in scrubber.status
+    view("move", head="sparse", boundary=0, at=11)
+    assert not scrubber.status
+
+
+def test_a_fix_of_one_head_waits_for_a_look_once_the_other_has_changed(opened, tmp_path):
+    path, seen = tmp_path / "c.yaml", in_both(opened, 3)
+    scrubber = Scrubber(opened, [seen], BOTH, order=[3], corrections=path)
+    view = View(scrubber)
+    view("move", head="dense", boundary=0, at=4)
+    view("fix")
+    other = replace(seen, sparse=(Segment("near", 0, 15), Segment("far", 16, seen.length - 1)))
+    again = Scrubber(opened, [other], BOTH, order=[3], corrections=path)
+    assert again.states == {"3": "outdated"} and "the sparse annotation is no longer the one" in again.status
+    assert again.segments["dense"][1][1] == 4 and again.segments["sparse"][1][1] == 16
+    reviewed = apply([other], read_corrections(path, opened), opened, BOTH)
+    assert reviewed.annotations[0].dense[1].start == 4, "the fix itself holds"
+    assert [o.outcome for o in reviewed.unsettled] == ["outdated"]
+    (same,) = apply([replace(seen, dense=other.dense)], read_corrections(path, opened), opened, BOTH).outcomes
+    assert same.outcome == "fixed"
 
 
 def test_marking_dense_only_says_nothing_of_the_other_head_and_keeps_what_was_said(opened, tmp_path):

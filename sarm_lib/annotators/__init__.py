@@ -177,12 +177,14 @@ def run(
     episodes: Sequence[Episode] | None = None,
     skip_existing: bool = True,
     marks: Sequence[Annotation] = (),
+    allow_failed: bool = False,
 ) -> tuple[list[Annotation], list[Failure]]:
     """Annotate `episodes` (all, by default); each result is saved in `work` at once, under the hash of what decides it.
 
     With `skip_existing` episodes that an earlier, perhaps killed, run finished are not asked again; without, only those
     that a killed run of this kind finished. An annotation that breaks a rule of the gate is a failure, never stored.
-    marks: where an episode fails, its mark is its annotation; the file of the failure stays.
+    marks: where an episode fails, its mark is its annotation; the file of the failure stays. allow_failed: a run with failures
+    has come to its end too.
     """
     episodes = list(dataset.episodes if episodes is None else episodes)
     folder = _folder(annotator, dataset, vocabulary, work)
@@ -216,11 +218,11 @@ def run(
         for path in answers.glob("*.json"):
             with staged(folder / path.name) as copy:
                 shutil.copyfile(path, copy)
-        if not failures:  # else the next run asks about these alone
-            remove(answers)
     for mark in marks:
         if failures.pop(mark.episode, None):
             done[mark.episode] = mark
+    if answers != folder and (allow_failed or not failures):  # else the next run asks about the failed ones alone
+        remove(answers)
     wanted = {episode.index for episode in episodes}
     return [done[i] for i in sorted(done) if i in wanted], [failures[i] for i in sorted(failures)]
 

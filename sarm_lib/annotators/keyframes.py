@@ -4,17 +4,19 @@ A subtask ends where the motion changes: the robot stops or turns, the gripper o
 of that change are the *keyframes* of an episode. The pieces between them are aligned to the ordered vocabulary over all
 training episodes together: each subtask is a Gaussian over states and velocities, subtasks follow each other as in a
 hidden Markov model (back steps included), and both are fitted in turns. The shortest quarter of the episodes starts, cut
-into equal parts of the way that the robot covers, because they waste the least time.
+into equal parts of the way that the robot covers, because they waste the least time. Heads are fitted apart and decoded
+together: each dense subtask is a part of one sparse subtask, so that the two never contradict each other.
 
 Nothing tells this annotator what the names mean; it only knows their order. Check it against a few marked episodes.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.signal import find_peaks
 
-from sarm_lib.agreement import segments_of
+from sarm_lib.agreement import frame_labels, segments_of
 from sarm_lib.annotations import SINGLE_STAGE, Annotation, AnnotationError, whole_episode
 from sarm_lib.annotators.sequences import Chain, best_path, chain, standardised, velocity
 from sarm_lib.artifacts import code_digest, digest
@@ -43,17 +45,39 @@ class KeyframeAnnotator:
     def annotate(self, episodes: Sequence[Episode]) -> Iterator[Annotation]:
         """Fit each head on the training episodes, then decode every episode."""
         signals = motion(self.dataset)
-        fitted = {h: self._fit(names, signals) for h, names in self.vocabulary.items() if names != [SINGLE_STAGE]}
+        asked = [head for head, names in self.vocabulary.items() if names != [SINGLE_STAGE]]
+        asked.sort(key=lambda head: len(self.vocabulary[head]), reverse=True)  # the finest first
+        fitted = {head: self._fit(self.vocabulary[head], signals) for head in asked}
+        part_of = self._parts(fitted, signals) if fitted else {}
         for episode in episodes:
             segments = {head: whole_episode(episode) for head in self.vocabulary}
-            for head, (model, means, spreads) in fitted.items():
-                cuts = keyframes(signals[episode.rows], self.dataset.fps)
-                labels = _decode(signals[episode.rows], cuts, model, means, spreads)
-                segments[head] = segments_of(labels, self.vocabulary[head], shortest=2)
+            if asked:
+                given = signals[episode.rows]
+                evidence = sum(fitted[head].likelihood(given)[:, parts] for head, parts in part_of.items())
+                labels = _decode(evidence, keyframes(given, self.dataset.fps), fitted[asked[0]].model)
+                finest = self.vocabulary[asked[0]]
+                labels = frame_labels(segments_of(labels, finest, shortest=2), finest, episode.length)
+                for head, parts in part_of.items():
+                    segments[head] = segments_of(parts[labels], self.vocabulary[head])
             yield Annotation(episode.index, episode.length, "keyframes", segments.get("sparse"), segments.get("dense"))
 
-    def _fit(self, names: list[str], signals: np.ndarray) -> tuple[Chain, np.ndarray, np.ndarray]:
-        """Chain, means (K, D) and standard deviations (K, D) of the subtasks, in turns with the labels."""
+    def _parts(self, fitted: "dict[str, Fitted]", signals: np.ndarray) -> dict[str, np.ndarray]:
+        """Head: the subtask (K,) of it that each of the K finest subtasks is a part of, by the frames of training episodes."""
+        labels: dict[str, list[np.ndarray]] = {head: [] for head in fitted}
+        for episode in self.dataset.split("train"):
+            given = signals[episode.rows]
+            cuts = keyframes(given, self.dataset.fps)
+            for head, fit in fitted.items():
+                labels[head].append(_decode(fit.likelihood(given), cuts, fit.model))
+        finest, found = next(iter(fitted)), {}
+        for head in fitted:
+            together = np.zeros([len(self.vocabulary[h]) for h in (finest, head)])
+            np.add.at(together, (np.concatenate(labels[finest]), np.concatenate(labels[head])), 1)
+            found[head] = in_runs(together)
+        return found
+
+    def _fit(self, names: list[str], signals: np.ndarray) -> "Fitted":
+        """A head's subtasks, in turns with the labels."""
         count = len(names)
         order = np.arange(count)
         training = [e for e in self.dataset.split("train") if e.length >= 2 * count]  # others cannot show every subtask
@@ -72,11 +96,25 @@ class KeyframeAnnotator:
         model = chain([], order)
         for turn in range(ROUNDS):
             frames = np.concatenate([signals[e.rows] for e in used])
-            means, spreads = _gaussians(frames, np.concatenate(labels), count)
+            fit = Fitted(model, *_gaussians(frames, np.concatenate(labels), count))
             used = short if turn < ROUNDS // 3 else training
-            labels = [_decode(*pieces[e.index], model, means, spreads) for e in used]
+            labels = [_decode(fit.likelihood(given), cuts, model) for given, cuts in (pieces[e.index] for e in used)]
             model = chain(labels, order)
-        return model, means, spreads
+        return Fitted(model, fit.means, fit.spreads)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A head's K subtasks: how they follow each other, means (K, D) and standard deviations (K, D)."""
+
+    model: Chain
+    means: np.ndarray
+    spreads: np.ndarray
+
+    def likelihood(self, signals: np.ndarray) -> np.ndarray:
+        """Log-likelihood of every frame of (T, D) by each subtask, (T, K)."""
+        z = (signals[:, None, :] - self.means) / self.spreads
+        return -0.5 * (z**2).sum(-1) - np.log(self.spreads).sum(-1)
 
 
 def motion(dataset: Dataset) -> np.ndarray:
@@ -117,11 +155,27 @@ def _gaussians(frames: np.ndarray, states: np.ndarray, count: int) -> tuple[np.n
     return means, spreads
 
 
-def _decode(signals: np.ndarray, cuts: np.ndarray, model: Chain, means: np.ndarray, spreads: np.ndarray) -> np.ndarray:
-    """Label of every frame (T,), constant between keyframes."""
-    z = (signals[:, None, :] - means) / spreads
-    frame = -0.5 * (z**2).sum(-1) - np.log(spreads).sum(-1)
+def _decode(likelihood: np.ndarray, cuts: np.ndarray, model: Chain) -> np.ndarray:
+    """Label of every frame (T,) by its log-likelihood (T, K), constant between keyframes."""
     starts = np.concatenate([[0], cuts])
-    piece = np.add.reduceat(frame, starts, axis=0)
-    lengths = np.diff(np.concatenate([starts, [len(signals)]]))
+    piece = np.add.reduceat(likelihood, starts, axis=0)
+    lengths = np.diff(np.concatenate([starts, [len(likelihood)]]))
     return np.repeat(best_path(piece, model), lengths)
+
+
+def in_runs(together: np.ndarray) -> np.ndarray:
+    """(K,) ascending, from 0 to C - 1 without a gap: which of C coarse subtasks each of K fine ones (K >= C) belongs to, so that
+    the most of the frames that the two share, `together` (K, C), lie where they belong."""
+    fine, coarse = together.shape
+    shared = np.concatenate([np.zeros((1, coarse)), together.cumsum(0)])  # of the first k fine ones
+    best, begin = np.full((coarse + 1, fine + 1), -np.inf), np.zeros((coarse + 1, fine + 1), dtype=np.int64)
+    best[0, 0] = 0
+    for c in range(coarse):
+        for end in range(c + 1, fine + 1):
+            gain = best[c, :end] + shared[end, c] - shared[:end, c]
+            begin[c + 1, end], best[c + 1, end] = gain.argmax(), gain.max()
+    found, end = np.zeros(fine, dtype=np.int64), fine
+    for c in reversed(range(coarse)):
+        found[begin[c + 1, end] : end] = c
+        end = begin[c + 1, end]
+    return found

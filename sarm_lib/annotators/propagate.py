@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.spatial.distance import cdist
 from torch import Tensor, nn
 
 from sarm_lib.agreement import WITHIN, segments_of
@@ -65,7 +66,7 @@ class PropagateAnnotator:
             "code": code_digest("annotators.propagate"),
             "marks": digest([[m.episode, *(str(m.head(h)) for h in self.heads)] for m in self.marks]),
             "encoder": embeddings.encoder_identity,
-            "cameras": sorted(embeddings.cameras),
+            "embeddings": {key: _sample(camera) for key, camera in sorted(embeddings.cameras.items())},
             "state_key": dataset.state_key,
             "training": digest(sorted(training)),
             "seed": seed,
@@ -162,7 +163,7 @@ def suggest(dataset: Dataset, embeddings: Embeddings, count: int, split: str = "
     episodes = dataset.split(split)
     described = np.stack([_describe(values[episode.rows]) for episode in episodes])
     described = standardised(described, np.arange(len(episodes)))
-    distance = np.linalg.norm(described[:, None] - described[None], axis=-1)
+    distance = cdist(described, described)
     chosen: list[int] = []
     nearest = np.full(len(episodes), distance.max() + 1)
     for _ in range(min(count, len(episodes))):
@@ -245,6 +246,11 @@ def predict(ensemble: list[TemporalNet], features: np.ndarray) -> np.ndarray:
     x = torch.from_numpy(features.T.copy())[None]
     valid = torch.ones(1, 1, x.shape[-1])
     return torch.stack([net(x, valid)[0].softmax(0) for net in ensemble]).mean(0).T.double().numpy()
+
+
+def _sample(values: np.ndarray) -> str:
+    """A digest of some rows: another precision, of encoding or storing, has other values."""
+    return digest([str(values.dtype), values[:: max(1, len(values) // 100)].tobytes().hex()])
 
 
 def _names_of_frames(mark: Annotation, heads: Sequence[str]) -> list[tuple[str, ...]]:

@@ -6,6 +6,7 @@ const AHEAD = 4; // frames to fetch in the direction of the last move, so that t
 const AHEAD_PLAYING = 12;
 const IN_FLIGHT = 3; // frames asked for at a time: a jump never waits for more than these
 const KEPT = 240; // frames kept as JPEGs
+const SHIFTED = { Comma: "<", Period: ">" }; // what a US keyboard has there
 const ZOOMED = 90; // frames on the timeline when it is zoomed: wide enough to see each, and to take hold of it
 
 const HELP = [
@@ -68,7 +69,7 @@ function framePlayer({ pictures, fps, alive, ask, moved, shown, rested, playing 
 
   async function paint(wanted) {
     const mine = ++turnOfPaint, of = episode, { error, images } = kept.get(wanted);
-    const decoded = await Promise.all(images.map((image) => createImageBitmap(image)));
+    const decoded = await Promise.all(images.map((image) => image.size ? createImageBitmap(image) : null));
     if (mine < painted || of !== episode) return; // a later one was faster
     painted = mine;
     pictures.forEach((canvas, i) => {
@@ -278,13 +279,17 @@ function playerPage({ model, el, kind, pickedBy = "", help }) {
   root.addEventListener("keyup", guard);
   root.addEventListener("keydown", (event) => {
     guard(event);
-    if (event.ctrlKey || event.metaKey || event.altKey) return;
+    // Some keyboards type brackets with AltGr (Ctrl and Alt, on Windows) or Option.
+    const typed = event.altKey && !event.metaKey && /^[^\p{L}\p{N}\s]$/u.test(event.key);
+    if ((event.ctrlKey || event.metaKey || event.altKey) && !typed) return;
     event.stopPropagation();
     if (event.target === picker || view.fields.includes(event.target)) {
       if (["Escape", "Enter"].includes(event.key)) root.focus();
       return;
     }
-    const act = view.keys[event.key] ?? keys[event.key];
+    const key = event.key.length === 1 ? event.key.toLowerCase() : event.key; // also with caps lock
+    const shifted = event.shiftKey && SHIFTED[event.code]; // whatever another keyboard has there
+    const act = view.keys[key] ?? keys[key] ?? view.keys[shifted];
     if (!act) return;
     event.preventDefault();
     act(event);

@@ -92,16 +92,18 @@ class Player(anywidget.AnyWidget):
             self.error = str(error)
 
     def send_frame(self, episode: int, frame: int) -> None:
-        """Send one frame, a JPEG a camera."""
+        """Send one frame, a JPEG a camera; nothing of a camera that cannot be read, and why."""
         if episode != self.episode:  # the person has moved on
             return
-        shown, images, problem = self._episodes[episode], [], ""
-        try:
-            images = [jpeg(self._reader.read(shown, key, frame)) for key in self._dataset.camera_keys]
-        except DatasetError as error:
-            log.warning("%s", error)
-            images, problem = [], str(error)
-        self.send({"episode": episode, "frame": frame, "error": problem}, buffers=images)
+        shown, images, problems = self._episodes[episode], [], []
+        for key in self._dataset.camera_keys:
+            try:
+                images.append(jpeg(self._reader.read(shown, key, frame)))
+            except DatasetError as error:  # the other cameras may be fine
+                log.warning("%s", error)
+                images.append(b"")
+                problems.append(str(error))
+        self.send({"episode": episode, "frame": frame, "error": "\n".join(dict.fromkeys(problems))}, buffers=images)
 
     def rest(self, episode: int, frame: int) -> None:
         """Remember where the view has stopped."""

@@ -285,11 +285,14 @@ class Scrubber(Player):
                 "base.annotation_mode: single_stage has one stage from the first frame to the last, and nothing to fix: accept "
                 "the episode, or reject it"
             )
-        if self.episode not in self._annotations and len(self._history[self.episode]) == 1:
-            raise AnnotationError("nobody has said this: the subtasks are only spread evenly. Move a boundary first")
-        for head in self._lacking.get(self.episode, ()):
-            if self._shown[head] == self._history[self.episode][0][head]:
-                raise AnnotationError(f"nothing is marked for {head} yet, its subtasks are only spread evenly")
+        if unsaid := self._unsaid_heads():
+            if len(unsaid) == len(self._asked):
+                raise AnnotationError(
+                    "nobody has said this: the subtasks are only spread evenly. Move a boundary first"
+                )
+            raise AnnotationError(
+                f"nobody has said where {unsaid[0]} subtasks begin, they are only spread evenly: move their boundaries too (h)"
+            )
         length = self._episodes[self.episode].length
         both = {"sparse": None, "dense": None} | self._shown
         shown = Annotation(self.episode, length, "manual", **both)
@@ -354,7 +357,7 @@ class Scrubber(Player):
             base = self._history[correction.episode][0]
             said = base | files.said_of(correction.segments, self._vocabulary)
             note = f"{outcome.outcome}: {outcome.note}" if outcome.outcome in files.UNSETTLED else ""
-            if outcome.outcome == "fixed":
+            if outcome.outcome == "fixed" or (outcome.outcome == "outdated" and correction.verdict == "fix"):
                 self._save(said, correction.episode)
             elif outcome.outcome == "unfit" and self._can_show(said, correction.episode):
                 self._history[correction.episode].append(said)
@@ -396,6 +399,29 @@ class Scrubber(Player):
     def _shown(self) -> Heads:
         return self._history[self.episode][-1]
 
+    def _unsaid_heads(self) -> list[str]:
+        """Heads that people are asked about and of which nobody has said anything: their subtasks are still spread evenly."""
+        raw, first = self._annotations.get(self.episode), self._history[self.episode][0]
+        said = [head for head in self._asked if raw and raw.head(head)]
+        if self.episode in self._lacking:
+            said = [head for head in self._asked if head not in self._lacking[self.episode]]
+        elif self._verdicts.get(self.episode, ("",))[0] in ("marked", "fixed"):
+            said = self._asked
+        spread_evenly = [head for head in self._asked if head not in said and self._shown[head] == first[head]]
+        return [head for head in spread_evenly if len(self._shown[head]) > 1]
+
+    def _left_behind(self) -> str:
+        """A boundary that two heads shared as they were annotated, and that one of them has moved away from."""
+        first, shown = self._history[self.episode][0], self._shown
+        if self.episode not in self._annotations:
+            return ""
+        starts = {h: ({s.start for s in first[h][1:]}, {s.start for s in shown[h][1:]}) for h in self._asked}
+        for one, (before, now) in starts.items():
+            for other, (others_before, others_now) in starts.items():
+                if stayed := sorted((before & others_before & now) - others_now):
+                    return f"{one} still changes at frame {stayed[0]}, where {other} did too: if that is one boundary, move it there as well (h)"
+        return ""
+
     def _changed_heads(self) -> list[str]:
         """Heads that people are asked about and that are shown otherwise than they were annotated."""
         raw = self._annotations.get(self.episode)
@@ -420,7 +446,7 @@ class Scrubber(Player):
             )
         if segments != self._shown[head]:
             self._history[self.episode].append(self._shown | {head: segments})
-            self.status = ""
+            self.status = self._left_behind()
             self._publish()
 
     def _record(self, correction: files.Correction) -> None:
@@ -436,6 +462,8 @@ class Scrubber(Player):
         else:
             self._saved[self.episode] = self._history[self.episode][0]
         self.why, self.status = why, f"episode {self.episode}: {state}, written to {self._path.name}"
+        if state == "fixed" and (left := self._left_behind()):
+            self.status += f"\n{left}"
         self._publish()
 
     def _publish(self) -> None:
