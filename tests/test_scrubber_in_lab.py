@@ -103,6 +103,30 @@ def test_a_boundary_moved_by_keyboard_is_in_the_file(page, scrubber, path, lab):
     assert "reach: frames 0 to 6" in scrubber.locator(".segment").nth(1).get_attribute("title")
 
 
+def test_keys_of_other_keyboards(page, scrubber):
+    """German and Mac brackets come with AltGr and Option, Shift and the comma key is ; there, and caps lock may be on."""
+    scrubber.focus()
+
+    def press(**event) -> bool:
+        """Whether the widget took it."""
+        return not scrubber.evaluate(
+            "(root, event) => root.dispatchEvent(new KeyboardEvent('keydown', "
+            "{ ...event, bubbles: true, cancelable: true }))",
+            event,
+        )
+
+    assert press(key="]", code="Digit9", ctrlKey=True, altKey=True)
+    shows(page, "3:5")
+    assert press(key="]", code="Digit6", altKey=True)
+    shows(page, "3:9")
+    assert press(key=":", code="Period", shiftKey=True)
+    shows(page, "3:18")  # ten frames on, as far as the segment goes
+    assert press(key="U", code="KeyU")
+    assert press(key="[", code="Digit8", ctrlKey=True, altKey=True)
+    assert not press(key="[", code="BracketLeft", ctrlKey=True), "the browser's own"
+    assert not press(key="f", code="KeyF", altKey=True) and not press(key="å", code="KeyA", altKey=True)
+
+
 def test_a_boundary_dragged_with_the_mouse(page, scrubber, path, lab):
     bar = scrubber.locator(".bar").nth(1)
     bar.scroll_into_view_if_needed()
