@@ -8,12 +8,16 @@ whose code cannot see the simulator's truth (`demo.contact_sheets`), neither kno
 answer too, so that they are nearer to it, and to each other, than two markings from scratch would be. Where a boundary of
 theirs lies more than `ALIKE` frames apart, a third look (`third.yaml`) decides for the one that is nearer to it: what is
 *decided* is what the annotator can be asked to find. That of validation is also what `benchmarks.propagate` compares with.
+`suspicion` says whether the order in which notebook 02 shows episodes, before anybody corrects one, begins with those in which
+something else is seen: the share of all such frames that its first tenth and fifth of the held-out episodes hold.
 
 No annotation of the demo is made from these looks: its figures on held-out episodes are the annotator's own.
 """
 
 import json
 from pathlib import Path
+
+import pandas as pd
 
 from sarm_lib import agreement, annotations, corrections, dataset, params
 from sarm_lib.annotations import Annotation, Segment
@@ -81,8 +85,20 @@ def measure() -> dict:
 
     rows = [("first", "second"), ("decided", "annotator")]
     rows += [("simulator", given) for given in ("annotator", "first", "second", "decided")]
+    opinions = annotations.load_opinions(config.paths.read("opinions", "01_annotate"), vocabulary, demos)
+    val = {e.index for e in demos.split("val")}
+    marks = [mark for mark in corrections.marks_from_params(config, demos) if mark.episode in val]
+    trusted = {name: agreement.trust(given, marks, vocabulary, demos.fps) for name, given in opinions.items()}
+    order = agreement.suspicion(raw, agreement.doubts(raw, vocabulary), opinions, vocabulary, trusted).score
+    labels = lambda said, e: agreement.frame_labels(said[e], names, lengths[e])  # noqa: E731
+    otherwise = pd.Series({e: int((labels(eye, e) != labels(of["annotator"], e)).sum()) for e in of["annotator"]})
     return {
         "alike": ALIKE,
+        "suspicion": {
+            "changed": [e for e in order.index if e in eye and apart(of["annotator"][e], eye[e]) > ALIKE],  # worst first
+            "most_suspicious": [e for e in order.index if e in eye][: round(0.1 * len(eye))],
+            **{f"first {share:.0%}": agreement.found_early(order, otherwise, share) for share in (0.1, 0.2)},
+        },
         "changed": {name: [c.episode for c in corrections.read_corrections(LOOKS / f"{name}.yaml", demos) if c.verdict == "fix"]
                     for name in ("first", "second", "third")},
         "compared": [
@@ -96,6 +112,7 @@ def measure() -> dict:
 def main() -> None:
     found = measure()
     Path(__file__).with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+    print(found["suspicion"])
     for row in found["compared"]:
         print(f"{row['given']} against {row['reference']}, {row['split']}:", {k: row[k] for k in FIGURES if "boundar" not in k})
 
