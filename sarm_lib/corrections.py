@@ -490,14 +490,12 @@ def _parsed(text: str) -> tuple[Any, Any]:
 
 
 def _yaml(path: Path) -> Any:
-    from ruamel.yaml.error import YAMLError
-
     try:
         return _parsed(path.read_text())[1]
     except RecursionError:
         raise AnnotationError(f"{path.name} is not YAML of ours: it is nested too deeply") from None
-    # ruamel makes dates and numbers of what it reads, or fails to.
-    except (YAMLError, ValueError, ArithmeticError, TypeError) as error:
+    # ruamel makes dates and numbers of what it reads, and what it makes nothing of ends in any error: an empty !!int in an IndexError.
+    except Exception as error:
         raise AnnotationError(f"{path.name} is not YAML that can be read: {error}") from None
 
 

@@ -154,6 +154,10 @@ def test_a_mangled_file_is_read_or_refused_by_name_and_never_lost(demos, tmp_pat
         ("when: 2026-11-24T25:00:00", "not YAML that can be read: hour must be in"),
         ("why: " + "[" * 5000, "nested too deeply"),
         ("why: !!int abc", "not YAML that can be read"),
+        ("why: !!int", "not YAML that can be read"),
+        ("why: !!float", "not YAML that can be read"),
+        ("why: !!bool x", "not YAML that can be read"),
+        ("when: !!timestamp x", "not YAML that can be read"),
     ],
 )
 def test_what_yaml_itself_chokes_on_names_the_file(demos, tmp_path, said, found):
