@@ -65,8 +65,9 @@ class Correction:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a correction: `accepted`, `fixed` or `rejected`; `outdated` where an annotation has changed since
-    it was accepted, or was left as it was by a fix of the other head; `unfit` where the fix is no valid annotation of that episode (any more)."""
+    """What became of a correction: `accepted`, `fixed` or `rejected`; `outdated` where an annotation has changed since it was
+    accepted, or left as it was by a fix of the other head; `unfit` where the fix is no valid annotation of that episode (any
+    more)."""
 
     episode: int
     verdict: Verdict
@@ -106,8 +107,8 @@ def apply(
     """Put every correction on its annotation; nothing is dropped without an outcome that says so.
 
     A fix is about the video, so it holds also where the annotation beneath has changed; an acceptance, as of a head that a
-    fix does not name, is about the annotation that was seen, so it is outdated where a boundary lies more than `SEEN_ALIKE` seconds, and a frame, from where
-    it was. An episode that nobody annotated can be fixed too.
+    fix does not name, is about the annotation that was seen, so it is outdated where a boundary lies more than `SEEN_ALIKE`
+    seconds, and a frame, from where it was. An episode that nobody annotated can be fixed too.
     """
     frames = max(1, round(SEEN_ALIKE * dataset.fps))
     by_episode = {a.episode: a for a in annotations}

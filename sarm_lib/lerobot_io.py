@@ -53,10 +53,16 @@ def link_media(source: Path, target: Path) -> None:
     """
     for name in MEDIA:
         remove(target / name)
+    _make_missing_links(source, target)
+
+
+def _make_missing_links(source: Path, target: Path) -> None:
     for file in _media(source):
         link = target / file.relative_to(source)
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(os.path.relpath(file.resolve(), link.parent.resolve()))
+        if not link.exists():
+            link.unlink(missing_ok=True)  # one that leads nowhere
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(os.path.relpath(file.resolve(), link.parent.resolve()))
 
 
 def _media(root: Path) -> list[Path]:
@@ -86,8 +92,7 @@ def read_labels(folder: Path, dataset: Dataset, heads: tuple[str, ...]) -> Label
     did not bring along (`dvc checkout`, `dvc pull`) are made anew.
     Raises ValueError for the annotations of another dataset, and with the episode and the subtask where one is unknown.
     """
-    if not all((folder / file.relative_to(dataset.root)).exists() for file in _media(dataset.root)):
-        link_media(dataset.root, folder)
+    _make_missing_links(dataset.root, folder)
     if fingerprint(folder) != dataset.fingerprint:
         raise ValueError(
             f"{folder} holds the annotations of another dataset (or of an older state of it): run 02_verify again"
