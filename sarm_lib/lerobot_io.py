@@ -6,6 +6,7 @@ LeRobot's own tools read what is written here, and what they wrote is read back 
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +63,8 @@ def _make_missing_links(source: Path, target: Path) -> None:
         if not link.exists():
             link.unlink(missing_ok=True)  # one that leads nowhere
             link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(os.path.relpath(file.resolve(), link.parent.resolve()))
+            with suppress(FileExistsError):  # another process was faster
+                link.symlink_to(os.path.relpath(file.resolve(), link.parent.resolve()))
 
 
 def _media(root: Path) -> list[Path]:
