@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,7 +23,7 @@ from sarm_lib.annotators.server import ServerAnnotator
 from sarm_lib.annotators.vlm import VlmAnnotator
 from sarm_lib.dataset import Dataset, Episode, open_dataset
 from sarm_lib.encoder import Embeddings
-from tests.conftest import ROOT
+from tests.conftest import ROOT, make_project, run_notebook
 
 NAMES = {"sparse": ["go", "come back"], "dense": ["go", "stop", "come back"]}
 
@@ -696,3 +697,23 @@ def test_the_demo_was_marked_without_the_simulators_truth():
     marks = corrections.read_marks(config.paths.resolve(config.annotate.marks), blind, names)
     splits = [demos.episodes[mark.episode].split for mark in marks]
     assert splits.count("train") <= 8 and "test" not in splits
+
+
+def test_looking_at_some_episodes_takes_no_annotation_away(tmp_path, tiny, tiny_encoder):
+    project = make_project(tmp_path / "p", tiny, tiny_encoder)
+
+    def say(**settings) -> None:  # in params.yaml: what is overridden lands in a folder of its own
+        file = project / "params.yaml"
+        content = yaml.safe_load(file.read_text())
+        content["annotate"] |= settings
+        file.write_text(yaml.safe_dump(content, sort_keys=False))
+
+    say(annotator="keyframes", second_opinion=None)
+    run_notebook(project, "00_prepare")
+    run_notebook(project, "01_annotate")
+    folder = project / "outputs/annotations"
+    stored = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert len(stored) == 8
+    say(visualize_only=True, episodes=[0, 3])
+    assert [a.episode for a in run_notebook(project, "01_annotate")["annotated"]] == [0, 3]
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == stored
