@@ -11,7 +11,8 @@ theirs lies more than `ALIKE` frames apart, a third look (`third.yaml`) decides 
 `suspicion` says whether the order in which notebook 02 shows episodes, before anybody corrects one, begins with those in which
 something else is seen: the share of all such frames that its first tenth and fifth of the held-out episodes hold.
 
-No annotation of the demo is made from these looks: its figures on held-out episodes are the annotator's own.
+The guide had two sentences more: what a step back is, and that one of under 0.15 s is none, as for the simulator. Who had it done
+knew which retries the annotator misses; who looked did not. No annotation of the demo is made from these looks: its figures on held-out episodes are the annotator's own.
 """
 
 import json

@@ -5,7 +5,8 @@
 Eight of the marked episodes, of train and val alike, are chosen at random; `propagate` learns from them and annotates the other
 marked ones and those that were verified by eye: some of train (`verify.corrections`) and all of val (`benchmarks.looks`). That
 many times over; frames, boundaries and retries are pooled. What varies is how far neighbouring frames count as independent evidence (`SHARPNESS`). `smaller` is the smaller of
-precision and recall of retries: who claims many finds many.
+precision and recall of retries: who claims many finds many. Who looked at val had the answer of the setting in use before them,
+which favours it.
 """
 
 import argparse
