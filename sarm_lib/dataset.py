@@ -9,6 +9,7 @@ import io
 import itertools
 import json
 import math
+import os
 import zlib
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
@@ -555,10 +556,15 @@ def fingerprint(root: Path) -> str:
             text = numbers.dtype == object
             found.update(name.encode() + (str(values.to_pylist()).encode() if text else numbers.tobytes()))
     for folder in ("videos", "images"):
-        for path in sorted((root / folder).rglob("*")):
-            if path.is_file():
-                found.update(f"{path.relative_to(root).as_posix()} {path.stat().st_size}\n".encode())
+        for path in files_in(root / folder):
+            found.update(f"{path.relative_to(root).as_posix()} {path.stat().st_size}\n".encode())
     return found.hexdigest()[:16]
+
+
+def files_in(folder: Path) -> list[Path]:
+    """All files under a folder of a dataset, sorted; a folder in it, such as a camera's, may be a link."""
+    found = (Path(at) / name for at, _, names in os.walk(folder, followlinks=True) for name in names)
+    return sorted(path for path in found if path.is_file())
 
 
 def _is_truth(column: str) -> bool:

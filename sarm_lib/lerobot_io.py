@@ -3,6 +3,7 @@
 LeRobot's own tools read what is written here, and what they wrote is read back as targets.
 """
 
+import itertools
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ import pyarrow.parquet as pq
 
 from sarm_lib.annotations import Annotation, Segment, columns
 from sarm_lib.artifacts import read_provenance, remove, staged
-from sarm_lib.dataset import ANNOTATION_COLUMNS, Dataset, fingerprint, open_dataset
+from sarm_lib.dataset import ANNOTATION_COLUMNS, Dataset, files_in, fingerprint, open_dataset
 from sarm_lib.stages import Labels, given_up, targets
 
 MEDIA = ("data", "videos", "images")
@@ -58,21 +59,13 @@ def link_media(source: Path, target: Path) -> None:
 
 
 def _make_missing_links(source: Path, target: Path) -> None:
-    for file in _media(source):
+    for file in itertools.chain.from_iterable(files_in(source / name) for name in MEDIA):
         link = target / file.relative_to(source)
         if not link.exists():
             link.unlink(missing_ok=True)  # one that leads nowhere
             link.parent.mkdir(parents=True, exist_ok=True)
             with suppress(FileExistsError):  # another process was faster
                 link.symlink_to(os.path.relpath(file.resolve(), link.parent.resolve()))
-
-
-def _media(root: Path) -> list[Path]:
-    """Files of data, videos and images; a camera's folder may be a link."""
-    found = [
-        Path(folder) / n for name in MEDIA for folder, _, names in os.walk(root / name, followlinks=True) for n in names
-    ]
-    return sorted(file for file in found if file.is_file())
 
 
 def _with_columns(table: pa.Table, added: dict[str, list]) -> pa.Table:

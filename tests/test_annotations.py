@@ -402,6 +402,7 @@ def test_a_camera_whose_folder_is_a_link_is_linked_too(tmp_path):
     write_annotated_dataset(dataset, whole, {"sparse": {"go": 1.0}}, tmp_path / "target")
     assert sorted(p.name for p in (tmp_path / "target/videos").iterdir()) == sorted(CAMERAS)
     assert list((tmp_path / "target/videos" / camera.name).rglob("*.mp4"))
+    assert read_labels(tmp_path / "target", dataset, ("sparse",)).annotated  # it is known for a copy of this dataset
 
 
 def test_a_subtask_that_the_proportions_do_not_know_is_named_with_its_episode(tmp_path, project):

@@ -306,6 +306,14 @@ def test_the_fingerprint_names_the_frames_and_not_the_annotations(tiny, copy):
     assert fingerprint(copy) != name
 
 
+def test_a_camera_whose_folder_is_a_link_is_in_the_fingerprint(copy, tmp_path):
+    name, camera = fingerprint(copy), copy / "videos" / CAMERAS[0]
+    camera.rename(tmp_path / "elsewhere")
+    assert fingerprint(copy) != name
+    camera.symlink_to(tmp_path / "elsewhere")
+    assert fingerprint(copy) == name
+
+
 def test_the_suggested_window_spans_a_third_of_a_training_episode(tiny):
     demos = open_dataset(tiny)
     median = np.median([e.length for e in demos.split("train")])
