@@ -1,8 +1,8 @@
 """The project's pictures: Altair charts in one visual language, and strips of frames.
 
-A stage has the same colour wherever it appears (Okabe and Ito's palette, safe for colour-blind readers). Charts come out
-as PNG, which works without a network in Lab, in reports and on GitHub; one in which something can be chosen answers the
-mouse as well in a notebook that somebody has open.
+A stage has the same colour wherever it appears (Okabe and Ito's palette, safe for colour-blind readers, and from the ninth
+stage on Tol's). Charts come out as PNG, which works without a network in Lab, in reports and on GitHub; one in which
+something can be chosen answers the mouse as well in a notebook that somebody has open.
 """
 
 import io
@@ -14,13 +14,13 @@ import numpy as np
 import pandas as pd
 import vl_convert
 from altair.utils.mimebundle import spec_to_mimebundle
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from sarm_lib import live
 
 STAGE_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#F0E442")
+STAGE_COLOURS += ("#332288", "#44AA99", "#882255", "#DDCC77", "#117733", "#AA4499", "#999933", "#CC6677")
 PREDICTED, TARGET, ACCENT, TRUTH = "#0072B2", "#7F7F7F", "#D55E00", "#009E73"
-LIGHT = {"#E69F00", "#56B4E9", "#F0E442", "#CC79A7"}  # black letters on these
 WIDTH, HEIGHT = 640, 220
 MOST_POINTS = 1200  # of a curve: twice its width in pixels
 MOST_ROWS = 5000  # of a chart: Altair takes no more
@@ -504,7 +504,7 @@ def annotated_episode(
             if start and head == list(segments)[-1]:  # its boundaries also cut the pictures
                 cut(x0, top, top + height)
             text = _fitting(subtask, draw, font, x1 - x0 - 8)
-            draw.text((x0 + 5, y + 6), text, fill="black" if colour in LIGHT else "white", font=font)
+            draw.text((x0 + 5, y + 6), text, fill=_readable_on(colour), font=font)
         y += bar + 6
     step = next(s for s in (0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 300, 900, 3600) if length / fps / s <= 14)
     for i in range(int(length / fps / step) + 1):
@@ -554,6 +554,12 @@ def shares(table: pd.DataFrame, group: str, value: str, title: str) -> alt.Layer
     x = alt.X(f"{value}:Q", scale=alt.Scale(domain=[0, 1]), title=value.replace("_", " "))
     text = base.mark_text(align="left", dx=4).encode(x=x, text=alt.Text(f"{value}:Q", format=".3f"))
     return (base.mark_bar(color=PREDICTED).encode(x=x) + text).properties(width=WIDTH, height=24 * len(table))
+
+
+def _readable_on(colour: str) -> str:
+    """Dark or light letters, as the scrubber's timeline has them."""
+    red, green, blue = ImageColor.getrgb(colour)
+    return "#111111" if 0.299 * red + 0.587 * green + 0.114 * blue > 125 else "white"
 
 
 def _fitting(text: str, draw: ImageDraw.ImageDraw, font, width: float) -> str:
