@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -503,6 +504,31 @@ def test_propagate_carries_marks_finds_the_retry_and_knows_its_doubts():
     learned = annotator.learn(features)  # once, to be decoded in many ways, as the benchmark does
     looked_at = {e.index: propagate.predict(learned.ensemble, features[e.rows]) for e in unmarked}
     assert [annotator.decode(e, looked_at[e.index], learned) for e in unmarked] == others
+
+
+@given(st.integers(2, 300), st.integers(0, 999))
+def test_a_rewound_episode_goes_frame_by_frame_to_its_end(length, seed):
+    order, backwards = propagate.rewound(length, np.random.default_rng(seed))
+    assert order[0] == 0 and order[-1] == length - 1 and set(order) == set(range(length))
+    assert (np.diff(order) == np.where(backwards[1:], -1, 1)).all()
+    assert 1 <= backwards.sum() <= length // 2 and len(order) == length + 2 * backwards.sum()
+
+
+@given(st.integers(2, 60), st.integers(0, 999))
+def test_what_is_learned_of_a_rewound_episode_is_what_its_frames_show(length, seed):
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 4, length)
+    features = np.stack([np.arange(length), np.ones(length)], axis=1).astype(np.float32)  # a place, a speed
+    with mock.patch.object(propagate, "REWIND", 1.0):
+        seen, learned = propagate._seen(features, labels, np.array([False, True]), rng)
+    place, speed = seen.numpy().astype(int).T
+    assert len(place) > length and (learned.numpy() == labels[place]).all()
+    assert (np.diff(place) == speed[1:]).all() and speed[0] == 1
+
+
+def test_a_mark_of_a_single_frame_is_learned_as_it_is():
+    seen, learned = propagate._seen(np.ones((1, 2), np.float32), np.zeros(1, int), np.array([False, True]), mock.Mock())
+    assert seen.shape == (1, 2) and len(learned) == 1
 
 
 def _joined(segments):

@@ -1,8 +1,10 @@
 """A person marks a few episodes, and a sequence model carries the marks to all others.
 
 The model is a small dilated temporal convolution over frozen embeddings and robot states, an ensemble of a few seeds,
-trained on the marked episodes alone (seconds). Its frame probabilities are decoded by a hidden Markov model whose
-transitions are counted in the marks. Both heads are decoded together, as pairs (sparse, dense) that the marks show, so
+trained on the marked episodes alone (seconds), which are rewound at random: few of them show the robot fail, and a stretch
+that is seen backwards and then again is what a failed try and the next one look like. What is seen decides what a frame is,
+so that it keeps its label. The frames' probabilities are decoded by a hidden Markov model whose transitions are counted in
+the marks. Both heads are decoded together, as pairs (sparse, dense) that the marks show, so
 that they never contradict each other.
 
 Each boundary carries a confidence: the probability, by the same model, that it lies within `WITHIN` seconds of where it
@@ -19,6 +21,7 @@ import numpy as np
 import torch
 from scipy.spatial.distance import cdist
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from sarm_lib.agreement import WITHIN, segments_of
 from sarm_lib.annotations import Annotation, AnnotationError
@@ -31,9 +34,11 @@ from sarm_lib.live import bar
 COMPONENTS = 8  # principal components of each camera's embeddings
 WIDTH, LAYERS, DROPOUT = 48, 4, 0.3
 STEPS, LEARNING_RATE, WEIGHT_DECAY, NOISE, SMOOTHING = 250, 3e-3, 1e-2, 0.3, 0.05
+REWIND = 0.8  # how often a marked episode is rewound; SARM's own probability
 MEMBERS = 5  # of the ensemble
-SHARPNESS = 0.5  # neighbouring frames are not independent evidence
+SHARPNESS = 0.65  # neighbouring frames are not independent evidence
 CHUNK = 2**16  # frames
+NO_FRAME = -100  # the label of what pads a shorter episode
 
 
 class PropagateAnnotator:
@@ -95,10 +100,11 @@ class PropagateAnnotator:
         order = np.array([[self.names[h].index(n) for h, n in zip(self.heads, s)] for s in states])
         model = chain(list(labels.values()), np.lexsort(order.T).argsort())
         members = bar(self.members, desc="learning", unit="member")
-        return Learned([train(examples, len(states), seed) for seed in members], states, model)
+        turns = np.arange(features.shape[1]) >= features.shape[1] - self.dataset.states.shape[1]
+        return Learned([train(examples, turns, len(states), seed) for seed in members], states, model)
 
     def features(self) -> np.ndarray:
-        """(N, D) float32: principal components of the embeddings, states, and how the states change."""
+        """(N, D) float32: principal components of the embeddings, states, and, last, how the states change."""
         rows = rows_of(self.dataset.split("train"))
         parts = []
         for camera in self.embeddings.cameras.values():
@@ -214,29 +220,50 @@ class TemporalNet(nn.Module):
         return self.leave(h)
 
 
+def rewound(length: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """An episode that is set back once and goes on from there: its frames in the order in which they are seen, (n,) int,
+    and whether time runs backwards in them, (n,) bool. At most half of the episode is seen again."""
+    last = int(rng.integers(1, length))
+    first = max(0, last - int(rng.integers(1, length // 2 + 1)))
+    there, back, on = np.arange(last + 1), np.arange(last - 1, first - 1, -1), np.arange(first + 1, length)
+    return np.concatenate([there, back, on]), np.repeat([False, True, False], [len(there), len(back), len(on)])
+
+
 @one_thread()
-def train(examples: list[tuple[np.ndarray, np.ndarray]], states: int, seed: int) -> TemporalNet:
-    """One member of the ensemble from (features (T, D), labels (T,)) of the marked episodes."""
-    longest, width = max(len(y) for _, y in examples), examples[0][0].shape[1]
-    x, y = torch.zeros(len(examples), width, longest), torch.full((len(examples), longest), -100)
-    valid = torch.zeros(len(examples), 1, longest)
-    for i, (features, labels) in enumerate(examples):
-        x[i, :, : len(labels)] = torch.from_numpy(features.T.copy())
-        y[i, : len(labels)] = torch.from_numpy(labels)
-        valid[i, :, : len(labels)] = 1
+def train(examples: list[tuple[np.ndarray, np.ndarray]], turns: np.ndarray, states: int, seed: int) -> TemporalNet:
+    """One member of the ensemble from (features (T, D), labels (T,)) of the marked episodes.
+
+    turns: (D,) bool, features that change their sign where time runs backwards.
+    """
+    rng = np.random.default_rng(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = TemporalNet(width, states)
+        net = TemporalNet(len(turns), states)
         optimizer = torch.optim.AdamW(net.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=STEPS)
         for _ in range(STEPS):
+            seen, labels = zip(*(_seen(x, y, turns, rng) for x, y in examples), strict=True)
+            x = pad_sequence(seen, batch_first=True).transpose(1, 2)
+            y = pad_sequence(labels, batch_first=True, padding_value=NO_FRAME)
+            valid = (y != NO_FRAME)[:, None].float()
             logits = net(x + NOISE * torch.randn_like(x) * valid, valid)
-            loss = nn.functional.cross_entropy(logits, y, ignore_index=-100, label_smoothing=SMOOTHING)
+            loss = nn.functional.cross_entropy(logits, y, ignore_index=NO_FRAME, label_smoothing=SMOOTHING)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
     return net.eval()
+
+
+def _seen(
+    features: np.ndarray, labels: np.ndarray, turns: np.ndarray, rng: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """A marked episode as it is learned from this time: as it was, or rewound."""
+    if len(labels) > 1 and rng.random() < REWIND:
+        order, backwards = rewound(len(labels), rng)
+        signs = np.where(backwards[:, None] & turns, -1, 1).astype(features.dtype)
+        features, labels = features[order] * signs, labels[order]
+    return torch.from_numpy(features), torch.from_numpy(labels)
 
 
 @one_thread()
