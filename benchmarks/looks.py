@@ -2,12 +2,13 @@
 
     python -m benchmarks.looks      # seconds, after stage 01; benchmarks/looks.json
 
-Every frame of the validation and test episodes was looked at twice (`demo/looks/first.yaml`, `second.yaml`; what the file of
-corrections says of six validation episodes already was not looked at again), by the guide of `demo/marks.yaml`, on sheets
-whose code cannot see the simulator's truth (`demo.contact_sheets`), neither knowing the other. Both looked at the annotator's
-answer too, so that they are nearer to it, and to each other, than two markings from scratch would be. Where a boundary of
-theirs lies more than `ALIKE` frames apart, a third look (`third.yaml`) decides for the one that is nearer to it: what is
-*decided* is what the annotator can be asked to find. That of validation is also what `benchmarks.propagate` compares with.
+Every frame of the validation and test episodes, and of 24 training episodes drawn by chance, was looked at twice
+(`demo/looks/first.yaml`, `second.yaml`), by the guide of `demo/marks.yaml`, on sheets whose code cannot see the simulator's
+truth (`demo.contact_sheets`), neither knowing the other. Both looked at the answer of the annotator of that day too (`was`), so
+that they are nearer to it, and to each other, than two markings from scratch would be. Where a boundary of theirs lies more
+than `ALIKE` frames apart, a third look (`third.yaml`, among episodes where they agree) decides for the one that is nearer to
+it: what is *decided* is what the annotator can be asked to find. Those of training and validation are also what
+`benchmarks.propagate` compares with.
 `suspicion` says whether the order in which notebook 02 shows episodes, before anybody corrects one, begins with those in which
 something else is seen: the share of all such frames that its first tenth and fifth of the held-out episodes hold.
 
@@ -46,17 +47,15 @@ def apart(one: tuple[Segment, ...], other: tuple[Segment, ...]) -> float:
     return max(abs(a.start - b.start) for a, b in zip(one, other, strict=True))
 
 
-def decided(config, demos: Dataset) -> Segments:
-    """What is right in every held-out episode, as far as it can be seen."""
+def decided(demos: Dataset) -> Segments:
+    """What is right in every episode that was looked at, as far as it can be seen."""
     first, second, third = (read(LOOKS / f"{name}.yaml", demos) for name in ("first", "second", "third"))
     found = {}
     for episode, one in first.items():
         other = second[episode]
         nearest = apart(one, other) <= ALIKE or apart(one, third[episode]) <= apart(other, third[episode])
         found[episode] = one if nearest else other
-    held_out = {e.index for e in demos.episodes if e.split != "train"}
-    before = read(config.paths.resolve(config.verify.corrections), demos)
-    return found | {episode: said for episode, said in before.items() if episode in held_out}
+    return found
 
 
 def measure() -> dict:
@@ -65,7 +64,8 @@ def measure() -> dict:
     demos = dataset.from_params(config)
     vocabulary = annotations.vocabulary(config)
     names, raw = vocabulary[HEAD], annotations.load(config.paths.read("annotations", "01_annotate"), vocabulary, demos)
-    eye = decided(config, demos)
+    held_out = {e.index for e in demos.episodes if e.split != "train"}
+    eye = {episode: segments for episode, segments in decided(demos).items() if episode in held_out}
     of = {
         "first": read(LOOKS / "first.yaml", demos),
         "second": read(LOOKS / "second.yaml", demos),

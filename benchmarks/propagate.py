@@ -1,15 +1,17 @@
-"""How sharp should `propagate` decode? Asked of marked and verified episodes of train and val, without a simulator's truth.
+"""Should `propagate` rewind what it learns from, and how sharp should it decode? Asked of marked and verified episodes of train
+and val, without a simulator's truth.
 
-    python -m benchmarks.propagate [--choices 28]       # under ten minutes on one core; benchmarks/propagate.json
+    python -m benchmarks.propagate [--choices 28]       # half an hour on one core; benchmarks/propagate.json
 
 Eight of the marked episodes, of train and val alike, are chosen at random; `propagate` learns from them and annotates the other
-marked ones and those that were verified by eye: some of train (`verify.corrections`) and all of val (`benchmarks.looks`). That
-many times over; frames, boundaries and retries are pooled. What varies is how far neighbouring frames count as independent evidence (`SHARPNESS`). `smaller` is the smaller of
-precision and recall of retries: who claims many finds many. Who looked at val had the answer of the setting in use before them,
-which favours it.
+marked ones and those that were verified by eye: some of train, all of val (`verify.corrections`, `benchmarks.looks`). That many
+times over; frames, boundaries and retries are pooled. What varies is how often a marked episode is rewound (`REWIND`) and how
+far neighbouring frames count as independent evidence (`SHARPNESS`). `smaller` is the smaller of precision and recall of retries:
+who claims many finds many. Who looked had the answer of REWIND 0 and SHARPNESS 0.5 before them, which favours that one.
 """
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 
@@ -20,22 +22,20 @@ from benchmarks import looks
 from sarm_lib import agreement, annotations, corrections, dataset, encoder, params
 from sarm_lib.annotations import Annotation
 from sarm_lib.annotators import propagate
+from sarm_lib.dataset import Dataset
 
-SHARPNESS = (0.35, 0.5, 0.65, 0.8, 1.0)
+REWIND = (0.0, 0.8)
+SHARPNESS = (0.25, 0.35, 0.5, 0.65, 0.8, 1.0)
 LEARNED_FROM = 8
 
 
-def known_episodes(config, demos, vocabulary: dict[str, list[str]]) -> tuple[list, dict]:
-    """The marks, and what is known of every marked or verified episode of train and val (episode: Annotation)."""
+def known_episodes(config, demos: Dataset) -> tuple[list[Annotation], looks.Segments]:
+    """The marks, and the dense segments of every marked or verified episode of train and val, as a person saw them."""
     marks = corrections.marks_from_params(config, demos)
-    said = corrections.read_corrections(config.paths.resolve(config.verify.corrections), demos)
-    raw = annotations.load(config.paths.read("annotations", "01_annotate"), vocabulary, demos)
-    reviewed = corrections.apply(raw, said, demos, vocabulary)
-    verified = {outcome.episode for outcome in reviewed.outcomes} - {outcome.episode for outcome in reviewed.unsettled}
-    seen = looks.decided(config, demos)
-    of_val = {e.index: Annotation(e.index, e.length, "manual", None, seen[e.index]) for e in demos.split("val")}
-    known = {a.episode: a for a in reviewed.annotations if a.episode in verified}
-    return marks, known | of_val | {mark.episode: mark for mark in marks}
+    verified = looks.read(config.paths.resolve(config.verify.corrections), demos)
+    test = {e.index for e in demos.split("test")}
+    seen = {episode: segments for episode, segments in looks.decided(demos).items() if episode not in test}
+    return marks, verified | seen | {mark.episode: mark.head(looks.HEAD) for mark in marks}
 
 
 def choose(rng: np.random.Generator, marks: list, vocabulary: dict[str, list[str]]) -> list:
@@ -52,32 +52,37 @@ def measure(choices: int) -> dict:
     demos = dataset.from_params(config)
     vocabulary = annotations.vocabulary(config)
     embeddings = encoder.open_embeddings(config.paths.read("embeddings", "00_prepare"), demos)
-    marks, known = known_episodes(config, demos, vocabulary)
+    marks, known = known_episodes(config, demos)
     features = propagate.PropagateAnnotator(demos, embeddings, marks, vocabulary, seed=0).features()
-    in_use, rng, found = propagate.SHARPNESS, np.random.default_rng(0), {s: [] for s in SHARPNESS}
+    in_use, rng = (propagate.REWIND, propagate.SHARPNESS), np.random.default_rng(0)
+    found = {setting: [] for setting in itertools.product(REWIND, SHARPNESS)}
     for _ in tqdm(range(choices), unit="choice"):
         chosen = choose(rng, marks, vocabulary)
         others = [e for e in demos.episodes if e.index in known.keys() - {mark.episode for mark in chosen}]
-        expected = {e.index: known[e.index].head("dense") for e in others}
+        expected = {e.index: known[e.index] for e in others}
         annotator = propagate.PropagateAnnotator(demos, embeddings, marks, vocabulary, seed=0)
         annotator.marks = chosen  # of val too, which `propagate` leaves to those who measure it
-        learned = annotator.learn(features)
-        looked_at = [propagate.predict(learned.ensemble, features[episode.rows]) for episode in others]
-        for sharpness in SHARPNESS:
-            propagate.SHARPNESS = sharpness
-            decoded = [annotator.decode(e, p, learned) for e, p in zip(others, looked_at, strict=True)]
-            found[sharpness] += agreement.compare_all(expected, decoded, "dense", vocabulary["dense"], demos.fps)
-    propagate.SHARPNESS = in_use
+        for rewind in REWIND:
+            propagate.REWIND = rewind
+            learned = annotator.learn(features)
+            looked_at = [propagate.predict(learned.ensemble, features[episode.rows]) for episode in others]
+            for sharpness in SHARPNESS:
+                propagate.SHARPNESS = sharpness
+                decoded = [annotator.decode(e, p, learned) for e, p in zip(others, looked_at, strict=True)]
+                compared = agreement.compare_all(expected, decoded, looks.HEAD, vocabulary[looks.HEAD], demos.fps)
+                found[rewind, sharpness] += compared
+    propagate.REWIND, propagate.SHARPNESS = in_use
     rows = []
-    for sharpness, pairs in found.items():
+    for (rewind, sharpness), pairs in found.items():
         row = agreement.summary(pairs, demos.fps)
-        rows.append({"sharpness": sharpness, "smaller": min(row["retry_recall"], row["retry_precision"] or 0), **row})
+        smaller = min(row["retry_recall"], row["retry_precision"] or 0)
+        rows.append({"rewind": rewind, "sharpness": sharpness, "smaller": smaller, **row})
     return {
         "marked": sorted(mark.episode for mark in marks),
         "verified": sorted(known.keys() - {mark.episode for mark in marks}),
         "learned_from": LEARNED_FROM,
         "choices": choices,
-        "in_use": in_use,
+        "in_use": dict(zip(("rewind", "sharpness"), in_use, strict=True)),
         "settings": sorted(rows, key=lambda row: -row["smaller"]),
     }
 
@@ -88,7 +93,7 @@ def main() -> None:
     found = measure(parser.parse_args().choices)
     Path(__file__).with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
     for row in found["settings"]:
-        print({k: row[k] for k in ("sharpness", "frame_agreement", "retry_recall", "retry_precision", "retries")})
+        print({k: row[k] for k in ("rewind", "sharpness", "frame_agreement", "retry_recall", "retry_precision", "retries")})
 
 
 if __name__ == "__main__":
