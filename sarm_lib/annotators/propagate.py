@@ -1,11 +1,11 @@
 """A person marks a few episodes, and a sequence model carries the marks to all others.
 
 The model is a small dilated temporal convolution over frozen embeddings and robot states, an ensemble of a few seeds,
-trained on the marked episodes alone (seconds), which are rewound at random: few of them show the robot fail, and a stretch
-that is seen backwards and then again is what a failed try and the next one look like. What is seen decides what a frame is,
-so that it keeps its label. The frames' probabilities are decoded by a hidden Markov model whose transitions are counted in
-the marks. Both heads are decoded together, as pairs (sparse, dense) that the marks show, so
-that they never contradict each other.
+trained on the marked episodes alone (seconds). They are rewound at random, as SARM's are: few marks show the robot fail, and
+a stretch seen backwards and then once more is what a failed try looks like. Its frames keep their subtasks, which follow
+from what the scene is. The frames' probabilities are decoded by a hidden Markov model whose transitions are counted in the
+marks. Both heads are decoded together, as pairs (sparse, dense) that the marks show, so that they never contradict each
+other.
 
 Each boundary carries a confidence: the probability, by the same model, that it lies within `WITHIN` seconds of where it
 is put (surer of itself than a few marks warrant: notebook 02 says how often it is right). Each segment carries a doubt: how
