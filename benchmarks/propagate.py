@@ -7,7 +7,8 @@ Eight of the marked episodes, of train and val alike, are chosen at random; `pro
 marked ones and those that were verified by eye: some of train, all of val (`verify.corrections`, `benchmarks.looks`). That many
 times over; frames, boundaries and retries are pooled. What varies is how often a marked episode is rewound (`REWIND`) and how
 far neighbouring frames count as independent evidence (`SHARPNESS`). `smaller` is the smaller of precision and recall of retries:
-who claims many finds many. Who looked had the answer of REWIND 0 and SHARPNESS 0.5 before them, which favours that one.
+who claims many finds many. Who looked had the answer of REWIND 0 and SHARPNESS 0.5 before them, which favours that one. What favours rewinding is episode 94:
+without it REWIND 0 comes first (`LOG.md`, 2026-11-26, says how it came to be looked at again).
 """
 
 import argparse

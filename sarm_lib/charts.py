@@ -1,8 +1,8 @@
 """The project's pictures: Altair charts in one visual language, and strips of frames.
 
-A stage has the same colour wherever it appears (Okabe and Ito's palette, safe for colour-blind readers, and from the ninth
-stage on Tol's). Charts come out as PNG, which works without a network in Lab, in reports and on GitHub; one in which
-something can be chosen answers the mouse as well in a notebook that somebody has open.
+A stage has the same colour wherever it appears (Okabe and Ito's palette, safe for colour-blind readers; from the ninth
+stage on some of Tol's, which beside those are not). Charts come out as PNG, which works without a network in Lab, in reports
+and on GitHub; one in which something can be chosen answers the mouse as well in a notebook that somebody has open.
 """
 
 import io
@@ -557,9 +557,9 @@ def shares(table: pd.DataFrame, group: str, value: str, title: str) -> alt.Layer
 
 
 def _readable_on(colour: str) -> str:
-    """Dark or light letters, as the scrubber's timeline has them."""
-    red, green, blue = ImageColor.getrgb(colour)
-    return "#111111" if 0.299 * red + 0.587 * green + 0.114 * blue > 125 else "white"
+    """Dark or light letters, whichever have more contrast (WCAG's, to which this luminance is near); as in the scrubber."""
+    red, green, blue = ((channel / 255) ** 2.2 for channel in ImageColor.getrgb(colour))
+    return "#111111" if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.19 else "#FFFFFF"
 
 
 def _fitting(text: str, draw: ImageDraw.ImageDraw, font, width: float) -> str:

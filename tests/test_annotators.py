@@ -256,7 +256,7 @@ def test_the_estimate_is_of_the_episodes_that_are_left(demos):
     assert annotators.estimate(asked, []) == "nothing is left to annotate"
     looking = annotators.from_params(configured(annotator="server", visualize_only=True), demos)
     assert annotators.estimate(looking, demos.episodes) == "nothing is asked: annotate.visualize_only is set"
-    assert annotators.estimate(Scripted({}), demos.episodes) == "seconds, no GPU"
+    assert annotators.estimate(Scripted({}), demos.episodes) == "seconds to minutes, no GPU"
 
 
 def test_every_option_of_the_server_is_a_parameter(demos):
@@ -504,6 +504,37 @@ def test_propagate_carries_marks_finds_the_retry_and_knows_its_doubts():
     learned = annotator.learn(features)  # once, to be decoded in many ways, as the benchmark does
     looked_at = {e.index: propagate.predict(learned.ensemble, features[e.rows]) for e in unmarked}
     assert [annotator.decode(e, looked_at[e.index], learned) for e in unmarked] == others
+
+
+def test_what_turns_round_where_an_episode_is_rewound_are_the_velocities(monkeypatch):
+    made, truth, embeddings = robot()
+    names, given_to = {"dense": NAMES["dense"]}, []
+    marks = [Annotation(i, truth[i][-1].end + 1, "manual", None, truth[i]) for i in (0, 3, 5)]
+    annotator = propagate.PropagateAnnotator(made, embeddings, marks, names, seed=0)
+    monkeypatch.setattr(propagate, "train", lambda examples, turns, states, seed: given_to.append((examples, turns)))
+    features = annotator.features()
+    annotator.learn(features)
+    examples, turns = given_to[0]
+    speeds = sequences.velocity(made, made.states.astype(float))
+    assert turns.sum() == made.states.shape[1] and len(examples) == 3
+    for turning, speed in zip(features[:, turns].T, speeds.T, strict=True):
+        assert speed.std() < 1e-8 or np.corrcoef(turning, speed)[0, 1] > 0.999
+
+
+def test_marked_episodes_are_rewound_as_often_as_is_said():
+    rng, length = np.random.default_rng(0), 40
+    seen = [
+        propagate._seen(np.zeros((length, 1), np.float32), np.zeros(length, int), np.array([False]), rng)[0]
+        for _ in range(500)
+    ]
+    assert abs(np.mean([len(x) > length for x in seen]) - propagate.REWIND) < 0.06
+
+
+def test_a_mark_without_a_head_is_named():
+    made, truth, embeddings = robot()
+    mark = Annotation(3, truth[3][-1].end + 1, "manual", None, truth[3])
+    with pytest.raises(AnnotationError, match="nothing is marked for the sparse head of episode 3"):
+        propagate.PropagateAnnotator(made, embeddings, [mark], NAMES, 0)
 
 
 @given(st.integers(2, 300), st.integers(0, 999))

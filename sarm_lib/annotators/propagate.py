@@ -59,6 +59,12 @@ class PropagateAnnotator:
             raise AnnotationError(
                 "annotate.marks: no training episode is marked. Mark a few in notebook 01 (it suggests which), then run again"
             )
+        for mark in self.marks:
+            for head in self.heads:
+                if not mark.head(head):
+                    raise AnnotationError(
+                        f"annotate.marks: nothing is marked for the {head} head of episode {mark.episode}"
+                    )
         shown = {head: {s.subtask for mark in self.marks for s in mark.head(head)} for head in self.heads}
         for head in self.heads:
             missing = [name for name in vocabulary[head] if name not in shown[head]]

@@ -111,9 +111,15 @@ def model_name(model: str) -> str:
 
 
 def _files(model: str) -> str | None:
-    """Names the files of a local model by name and size; None for one of the Hub."""
+    """Names the files of a local model by name, size and last bytes, which no training leaves alone; None for one of the Hub."""
     files = sorted(path for path in Path(model).glob("*") if path.is_file()) if Path(model).is_dir() else []
-    return digest(*((path.name, path.stat().st_size) for path in files)) if files else None
+    return digest(*((path.name, path.stat().st_size, _end(path)) for path in files)) if files else None
+
+
+def _end(path: Path, most: int = 2**16) -> str:
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - most))
+        return file.read().hex()
 
 
 # --- the model ------------------------------------------------------------------------------------------------------

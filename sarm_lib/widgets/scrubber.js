@@ -2,6 +2,7 @@
 // every edit; this draws them, and turns keys and the mouse into commands.
 
 const OPEN = ["edited", "unfit", "outdated"]; // states of episodes that wait for a look
+const SURE = 0.9; // a boundary of less confidence looks doubtful: the lowest row of notebook 02's table
 const NEAR = 6; // pixels beside a boundary in which the mouse takes hold of it
 
 const HELP_EDIT = [
@@ -73,7 +74,7 @@ function render({ model, el }) {
     edges.forEach(([at, , , , , confidence], i) => {
       const line = make("div", { className: "boundary" });
       line.classList.toggle("selected", active && (preview ? preview.index : get("selected")) === i);
-      line.classList.toggle("doubtful", confidence !== null && confidence < 0.5);
+      line.classList.toggle("doubtful", confidence !== null && confidence < SURE);
       line.style.left = `${place(at)}%`;
       bar.append(line);
     });
@@ -84,12 +85,12 @@ function render({ model, el }) {
 
   const colourOf = (head, name) => {
     const i = get("vocabulary")[head].indexOf(name);
-    return i < 0 ? "#999999" : get("colours")[i % get("colours").length];
+    return i < 0 ? "#777777" : get("colours")[i % get("colours").length];
   };
 
   function readableOn(colour) {
-    const [r, g, b] = [1, 3, 5].map((i) => parseInt(colour.slice(i, i + 2), 16));
-    return 0.299 * r + 0.587 * g + 0.114 * b > 125 ? "#111" : "#fff";
+    const [r, g, b] = [1, 3, 5].map((i) => (parseInt(colour.slice(i, i + 2), 16) / 255) ** 2.2);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.19 ? "#111" : "#fff"; // of more contrast, as charts.py has it
   }
 
   // The mouse on a bar: near a boundary it moves that, elsewhere it moves the playhead.
