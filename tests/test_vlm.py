@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from sarm_lib import annotations
 from sarm_lib.annotations import Annotation, AnnotationError
 from sarm_lib.annotators import Failure, question
-from sarm_lib.annotators.vlm import VlmAnnotator
+from sarm_lib.annotators.vlm import VlmAnnotator, _files
 from sarm_lib.dataset import open_dataset
 from tests.tiny_vlm import MANY, VOCABULARY, Clips, ask_here, kill_and_go_on, make_tokenizer, make_vlm
 
@@ -468,3 +468,12 @@ def test_a_killed_run_goes_on_where_it_was(vlm, tmp_path):
     episodes = [dataset.episodes[annotation.episode] for annotation in found]
     unbroken = ask_here(vlm, dataset).annotate(episodes)
     assert [(a.sparse, a.dense) for a in found] == [(a.sparse, a.dense) for a in unbroken]
+
+
+def test_a_model_that_was_trained_further_in_its_folder_is_another_one(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(bytes(200_000))
+    name = _files(str(tmp_path))
+    assert _files(str(tmp_path)) == name
+    (tmp_path / "model.safetensors").write_bytes(bytes(199_999) + b"1")  # of the same size
+    assert _files(str(tmp_path)) != name
+    assert _files("user/on-the-hub") is None
