@@ -13,7 +13,9 @@ it: what is *decided* is what the annotator can be asked to find. Those of train
 something else is seen: the share of all such frames that its first tenth and fifth of the held-out episodes hold.
 
 The guide had two sentences more: what a step back is, and that one of under 0.15 s is none, as for the simulator. Who had it done
-knew which retries the annotator misses, of validation episode 94 too, which had been verified before without one; who looked did not. No annotation of the demo is made from these looks: its figures on held-out episodes are the annotator's own.
+knew which retries the annotator misses, that of validation episode 94 too, which had been verified before as having none; who
+looked did not. Those who looked were models that see pictures, no people. No annotation is made from these looks but the
+correction of episode 94; the setting of `propagate` was chosen by them.
 """
 
 import json
