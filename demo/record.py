@@ -7,6 +7,7 @@ The mixture below was fixed before any policy was trained on it. `demo/episodes.
 
 import argparse
 import csv
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -30,6 +31,7 @@ MIXTURE = {
     "test": (5, 5, 5, 5, 5, 5, 5, 5),
 }
 FIRST_SEED = {"train": 1000, "val": 2000, "test": 3000}
+TRUTH = Path(__file__).with_name("truth.json")
 CODEC = RGBEncoderConfig(vcodec="h264", crf=21, g=20)
 FEATURES = {
     **{
@@ -49,23 +51,43 @@ FEATURES = {
 }
 
 
-def planned_episodes() -> list[tuple[str, str, int]]:
-    """(split, kind, seed) of every episode, kinds interleaved within a split."""
-    plan = []
-    for split, counts in MIXTURE.items():
-        kinds = [kind for turn in range(max(counts)) for kind, count in zip(KINDS, counts, strict=True) if turn < count]
-        plan += [(split, kind, FIRST_SEED[split] + i) for i, kind in enumerate(kinds)]
-    return plan
+type Plan = list[tuple[str, str, int]]  # (split, kind, seed) of every episode
+
+
+def planned_episodes() -> Plan:
+    """The demo's episodes, kinds interleaved within a split."""
+    return [episode for split in MIXTURE for episode in interleaved(split, MIXTURE[split], FIRST_SEED[split])]
+
+
+def interleaved(split: str, counts: tuple[int, ...], first_seed: int) -> Plan:
+    """So many episodes of each of the `KINDS`, in turn."""
+    kinds = [kind for turn in range(max(counts)) for kind, count in zip(KINDS, counts, strict=True) if turn < count]
+    return [(split, kind, first_seed + i) for i, kind in enumerate(kinds)]
 
 
 def record(root: Path) -> None:
-    """Record every planned episode into a LeRobot v3 dataset at `root`, replacing what is there."""
-    plan, sim = planned_episodes(), AssemblySimulator()
-    sim.reset(0)
-    sim.render()  # without OpenGL nothing must be lost
+    """Record the demo's dataset at `root`, and what follows from it: its truth and its table of episodes."""
+    plan, sim = planned_episodes(), simulator()
     training = [demonstrate(sim, kind, seed) for split, kind, seed in plan if split == "train"]
     truth = fit_truth([d.scenes for d in training if d.kind == "clean"], [d.scenes for d in training if d.success])
-    truth.save(Path(__file__).with_name("truth.json"))
+    rows = record_episodes(root, plan, truth, sim)
+    truth.save(TRUTH)
+    with Path(__file__).with_name("episodes.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def simulator() -> AssemblySimulator:
+    """One that can render. Raises RenderingError where there is no OpenGL, before anything is lost."""
+    sim = AssemblySimulator()
+    sim.reset(0)
+    sim.render()
+    return sim
+
+
+def record_episodes(root: Path, plan: Plan, truth: Truth, sim: AssemblySimulator) -> list[dict]:
+    """Record the planned episodes into a LeRobot v3 dataset at `root`, replacing what is there; a row an episode."""
     rows = []
     with staged(root) as partial:
         dataset = LeRobotDataset.create(
@@ -87,14 +109,11 @@ def record(root: Path) -> None:
                 }
             )
         dataset.finalize()
-        write_splits(partial)
+        write_splits(partial, [split for split, _, _ in plan])
         add_episode_columns(partial, rows)
         for video in partial.glob("videos/**/*.mp4"):
             video.chmod(0o644)  # LeRobot writes 0600
-    with Path(__file__).with_name("episodes.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    return rows
 
 
 def add_episode(dataset: LeRobotDataset, demonstration: Demonstration, images: list[dict], truth: Truth) -> None:
@@ -117,12 +136,12 @@ def add_episode(dataset: LeRobotDataset, demonstration: Demonstration, images: l
     dataset.save_episode(parallel_encoding=False)  # no fork of a process that has OpenGL's threads
 
 
-def write_splits(root: Path) -> None:
-    """Name the splits where LeRobot keeps them: `{"train": "0:80", ...}` in `meta/info.json`."""
+def write_splits(root: Path, splits: list[str]) -> None:
+    """Name the episodes' splits where LeRobot keeps them: `{"train": "0:80", ...}` in `meta/info.json`."""
     info, start = json.loads((root / "meta/info.json").read_text()), 0
     info["splits"] = {}
-    for split, counts in MIXTURE.items():
-        info["splits"][split] = f"{start}:{(start := start + sum(counts))}"
+    for split, members in itertools.groupby(splits):
+        info["splits"][split] = f"{start}:{(start := start + len(list(members)))}"
     (root / "meta/info.json").write_text(json.dumps(info, indent=4) + "\n")
 
 

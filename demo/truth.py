@@ -42,6 +42,11 @@ class Truth:
         }
         path.write_text(json.dumps(table, indent=1) + "\n")
 
+    @classmethod
+    def load(cls, path: Path) -> "Truth":
+        rows = json.loads(path.read_text()).values()
+        return cls(*(np.array([row[name] for row in rows]) for name in ("proportion", "remaining", "tau")))
+
 
 def fit_truth(clean_episodes: list[list[Scene]], successful_episodes: list[list[Scene]]) -> Truth:
     """Fit ᾱ on successful episodes and the τ curves on the clean ones, lists of scenes that visit every stage once."""
