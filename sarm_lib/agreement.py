@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from sarm_lib.annotations import HEADS, Annotation, Finding, Segment
+from sarm_lib.annotations import BY_HAND, HEADS, Annotation, Finding, Segment, unlikely
 from sarm_lib.dataset import Dataset, DatasetError
 
 TOLERANCE = 0.5  # seconds
@@ -26,15 +26,13 @@ FLICKERS = (0.0, 0.1, 0.125, FLICKER)
 
 SCORED = {"val": ("val",), "test": ("test",), "val and test": ("val", "test")}  # splits that a truth is compared with
 
-UNLIKELY = 3.5  # robust standard deviations of a subtask's log duration
+UNLIKELY = 2.0  # times the usual duration of a subtask: worth a look, see `annotations.unlikely`
 NOTABLE = 0.05  # share of an episode's frames: less is a matter of boundaries
-OTHERS = 0.1  # what another opinion or an unlikely duration counts in `suspicion`, beside an annotator's own doubts
+OTHERS = 0.1  # what another opinion or a doubt counts in `suspicion`, beside an annotator's own doubts
 # Columns of `summary`; one table would be too wide.
 ABOUT_FRAMES = ["episodes", "missing", "frame_agreement", "segment_iou"]
 ABOUT_BOUNDARIES = ["boundary_error_frames", "boundaries_missed", "boundaries_extra"]
 ABOUT_BOUNDARIES += ["retries", "retry_recall", "retry_precision"]
-
-BY_HAND = ("manual", "corrected")  # annotators that are people
 
 Segments = tuple[Segment, ...]
 
@@ -45,6 +43,7 @@ class Comparison:
 
     errors: (n,) frames between matched boundaries, the tolerance for a missed one.
     confusion: (K, K) frames, rows the reference.
+    steps_back: the reference's retries, by the subtask that was given up and the one gone back to; and whether it was found.
     """
 
     episode: int
@@ -58,6 +57,7 @@ class Comparison:
     retries_missed: int
     retries_extra: int
     confusion: np.ndarray
+    steps_back: tuple[tuple[str, str, bool], ...]
 
 
 def frame_labels(segments: Segments, names: list[str], length: int) -> np.ndarray:
@@ -91,8 +91,9 @@ def compare(
     limit = TOLERANCE * fps
     ours, theirs = _boundaries(reference, names), _boundaries(other, names)
     pairs = _match(ours, theirs, limit)
-    retries = [_match([x for x in ours if x[2]], [x for x in theirs if x[2]], limit)]
-    count, found = sum(x[2] for x in ours), len(retries[0])
+    retries = {x for x, _ in _match([x for x in ours if x[2]], [x for x in theirs if x[2]], limit)}
+    steps_back = [(s.subtask, x[1], x in retries) for s, x in zip(reference, ours) if x[2]]
+    count, found = len(steps_back), len(retries)
     return Comparison(
         episode=episode,
         agreement=float((a == b).mean()),
@@ -105,6 +106,7 @@ def compare(
         retries_missed=count - found,
         retries_extra=sum(x[2] for x in theirs) - found,
         confusion=confusion,
+        steps_back=tuple(steps_back),
     )
 
 
@@ -164,6 +166,16 @@ def by_group(comparisons: list[Comparison], group_of: Mapping[int, str], fps: fl
     return pd.DataFrame(rows | {"all": summary(comparisons, fps)}).T
 
 
+def by_step(comparisons: list[Comparison]) -> pd.DataFrame:
+    """How many retries of each kind the reference has, `from` a subtask back `to` another, and how many were `found`."""
+    steps = pd.DataFrame([s for c in comparisons for s in c.steps_back], columns=["from", "to", "found"])
+    counted = steps.astype({"found": bool}).groupby(["from", "to"], sort=False).found.agg(["size", "sum"])
+    counted = counted.rename(columns={"size": "retries", "sum": "found"}).sort_values(
+        "retries", ascending=False, kind="stable"
+    )
+    return counted.reset_index()
+
+
 def truth(stage: np.ndarray, dataset: Dataset, names: list[str], flicker: float = FLICKER) -> dict[int, Segments]:
     """Segments of every episode from a simulator's stages (N,), indices into `names`. For scoring only.
 
@@ -211,27 +223,14 @@ def trust(
 
 
 def doubts(annotations: list[Annotation], vocabulary: dict[str, list[str]]) -> list[Finding]:
-    """What is allowed and yet worth a look: durations unlike those of the same subtask elsewhere, gaps, subtasks that are
-    passed over, and heads that contradict each other.
+    """What is allowed and yet worth a look: durations of more than `UNLIKELY` times the usual (`annotations.unlikely`), gaps,
+    subtasks that are passed over, and heads that contradict each other.
 
-    A duration is unlikely where its logarithm lies more than 3.5 robust standard deviations (1.4826 MAD, at least 15 %)
-    from the subtask's median; a subtask with fewer than five segments has no such judgement. Heads contradict each other
-    where dense subtasks lie outside of the sparse one in which they lie in most frames of all annotations.
+    Heads contradict each other where dense subtasks lie outside of the sparse one in which they lie in most frames of all
+    annotations.
     """
-    found = _disagreeing_heads(annotations, vocabulary)
+    found = unlikely(annotations, vocabulary, UNLIKELY) + _disagreeing_heads(annotations, vocabulary)
     for head, names in vocabulary.items():
-        spans = [(a, s) for a in annotations for s in a.head(head) or ()]
-        by_name: dict[str, list[float]] = {}
-        for _, s in spans:
-            by_name.setdefault(s.subtask, []).append(np.log(s.end - s.start + 1))
-        middle = {name: np.median(values) for name, values in by_name.items()}
-        spread = {n: max(0.15, 1.4826 * np.median(np.abs(np.array(v) - middle[n]))) for n, v in by_name.items()}
-        for annotation, s in spans:
-            frames = s.end - s.start + 1
-            z = abs(np.log(frames) - middle[s.subtask]) / spread[s.subtask]
-            if z > UNLIKELY and len(by_name[s.subtask]) >= 5:
-                usual = f"{frames} frames, usual are {np.exp(middle[s.subtask]):.0f}"
-                found.append(Finding(annotation.episode, head, s.subtask, "unlikely duration", usual))
         for annotation in annotations:
             segments = annotation.head(head) or ()
             for before, after in itertools.pairwise((None, *segments)):

@@ -9,12 +9,13 @@ the nut reaches for it again), and an episode may end before the last subtask.
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
+import numpy as np
 from pydantic import TypeAdapter, ValidationError, WithJsonSchema
 
 from sarm_lib.artifacts import staged, write_json
@@ -22,7 +23,10 @@ from sarm_lib.dataset import ANNOTATED, Dataset, Episode
 
 HEADS = ("sparse", "dense")
 SINGLE_STAGE = "task"  # the guide's name of the one stage of `single_stage`, and of the sparse head in `dense_only`
+BY_HAND = ("manual", "corrected")  # annotators that are people
 MIN_COVERAGE = 0.8  # of an episode's frames; a gap keeps the progress of the segment before it
+USUAL = (0.05, 0.95)  # quantiles between which durations of a subtask are usual
+ENOUGH = 20  # segments of a subtask, with fewer of which no duration is judged
 # The gate refuses a negative number itself, with episode, subtask and rule; the published schema says so to others.
 Index = Annotated[int, WithJsonSchema({"type": "integer", "minimum": 0})]
 STRICT = {"strict": True, "extra": "forbid", "allow_inf_nan": False}  # how a file is read: no guesses
@@ -139,7 +143,8 @@ def violations(annotation: Annotation, vocabulary: dict[str, list[str]]) -> list
                 broken("vocabulary", f"unknown subtask {span}; known are {', '.join(names)}", segment.subtask)
             if segment.start < 0 or segment.end >= length:
                 broken("bounds", f"{span} leaves the episode's {length} frames", segment.subtask)
-            if segment.end <= segment.start:
+            # An episode of a single frame has room for nothing longer.
+            if segment.end < segment.start or (segment.end == segment.start and length > 1):
                 broken("zero length", f"{span} has fewer than two frames: both are part of it", segment.subtask)
             if previous and segment.start < previous.start:
                 broken("order", f"{span} stands after {previous.subtask!r}, which starts later", segment.subtask)
@@ -173,6 +178,33 @@ def validate(annotation: Annotation, vocabulary: dict[str, list[str]], length: i
         found.insert(0, Finding(annotation.episode, "both heads", "", "bounds", text))
     if found:
         raise AnnotationError("\n".join(map(str, found)))
+
+
+def unlikely(annotations: Sequence[Annotation], vocabulary: dict[str, list[str]], factor: float) -> list[Finding]:
+    """The rule that takes all annotations to judge one: segments that last more than `factor` times as long as 95 % of their
+    subtask's do, or less than 1 / `factor` of what 95 % last at least.
+
+    The tails are the dataset's own, so that where many robots hesitate a hesitation is usual. A subtask with fewer than
+    `ENOUGH` segments is not judged, nor is how short the last segment of an episode is, which may end early.
+    """
+    found = []
+    for head, names in vocabulary.items():
+        if names == [SINGLE_STAGE]:
+            continue
+        durations: dict[str, list[int]] = {}
+        for annotation in annotations:
+            for s in annotation.head(head) or ():
+                durations.setdefault(s.subtask, []).append(s.end - s.start + 1)
+        usual = {name: np.quantile(of, USUAL) for name, of in durations.items() if len(of) >= ENOUGH}
+        for annotation in annotations:
+            segments = annotation.head(head) or ()
+            for s in segments:
+                if s.subtask in usual:
+                    frames, (least, most) = s.end - s.start + 1, usual[s.subtask]
+                    if frames > factor * most or (frames < least / factor and s is not segments[-1]):
+                        text = f"{s.subtask!r} ({s.start} to {s.end}) lasts {frames} frames; usual are {least:.0f} to {most:.0f}"
+                        found.append(Finding(annotation.episode, head, s.subtask, "unlikely duration", text))
+    return found
 
 
 # --- files ----------------------------------------------------------------------------------------------------------

@@ -15,8 +15,8 @@ import io
 import json
 import logging
 import re
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,11 +24,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, WithJsonSchema, model_validator
 
 from sarm_lib.annotations import (
+    BY_HAND,
     HEADS,
     SINGLE_STAGE,
     STRICT,
     Annotation,
     AnnotationError,
+    Finding,
     Segment,
     validate,
     violations,
@@ -77,11 +79,12 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Reviewed:
-    """Annotations with the corrections applied, without the rejected episodes."""
+    """Annotations with the corrections applied, without the rejected episodes and those that the gate refuses."""
 
     annotations: list[Annotation]
     rejected: list[int]
     outcomes: list[Outcome]
+    refused: tuple[Finding, ...] = ()  # they wait for a person's word
 
     @property
     def accepted(self) -> list[int]:
@@ -165,6 +168,15 @@ def apply(
                     note = "the annotation beneath has changed since"
         outcomes.append(Outcome(episode, correction.verdict, outcome, note))
     return Reviewed([by_episode[i] for i in sorted(by_episode)], sorted(rejected), outcomes)
+
+
+def refuse(reviewed: Reviewed, findings: Sequence[Finding]) -> Reviewed:
+    """Without the episodes of `findings` that no person has marked, fixed or accepted; a person's word stands above a rule
+    of thumb."""
+    by_hand = {a.episode for a in reviewed.annotations if a.annotator in BY_HAND} | set(reviewed.accepted)
+    refused = tuple(finding for finding in findings if finding.episode not in by_hand)
+    out = {finding.episode for finding in refused}
+    return replace(reviewed, annotations=[a for a in reviewed.annotations if a.episode not in out], refused=refused)
 
 
 def asked_heads(vocabulary: dict[str, list[str]]) -> list[str]:

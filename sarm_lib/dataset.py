@@ -9,7 +9,6 @@ import io
 import itertools
 import json
 import math
-import os
 import zlib
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
@@ -561,10 +560,20 @@ def fingerprint(root: Path) -> str:
     return found.hexdigest()[:16]
 
 
-def files_in(folder: Path) -> list[Path]:
-    """All files under a folder of a dataset, sorted; a folder in it, such as a camera's, may be a link."""
-    found = (Path(at) / name for at, _, names in os.walk(folder, followlinks=True) for name in names)
-    return sorted(path for path in found if path.is_file())
+def files_in(folder: Path, within: frozenset[Path] = frozenset()) -> list[Path]:
+    """All files under a folder of a dataset, sorted; a folder in it, such as a camera's, may be a link.
+
+    within: the folders that this one lies in; a link back to one of them shows nothing new, and without end.
+    """
+    place, found = folder.resolve(), []
+    if place in within or not folder.is_dir():
+        return found
+    for path in sorted(folder.iterdir()):
+        if path.is_dir():
+            found += files_in(path, within | {place})
+        elif path.is_file():
+            found.append(path)
+    return found
 
 
 def _is_truth(column: str) -> bool:

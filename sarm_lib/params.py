@@ -143,6 +143,7 @@ class Verify(Section):
     """02: a person checks."""
 
     corrections: str  # file of a person's corrections
+    unlikely_duration: Annotated[float, Field(ge=1)] | None  # times the usual ones, see `annotations.unlikely`
     proportions_from: Literal["complete", "all"]
     num_visualizations: Annotated[int, Field(ge=0)]
     visualize_type: Literal["sparse", "dense", "both"]

@@ -76,6 +76,46 @@ def test_a_subtask_may_recur_and_an_episode_may_end_early():
     annotations.validate(annotation(Segment("reach", 0, 19)), NAMES)
 
 
+def test_an_episode_of_a_single_frame_has_a_segment_of_one():
+    annotations.validate(annotation(Segment("grasp", 0, 0), length=1), NAMES, length=1)
+    for wrong in (Segment("grasp", 0, -1), Segment("grasp", 1, 1), Segment("grasp", 1, 0)):
+        with pytest.raises(AnnotationError):
+            annotations.validate(annotation(wrong, length=1), NAMES)
+
+
+def lasting(*durations: tuple[int, int]) -> list[Annotation]:
+    """Episodes of 200 frames that reach from the first one on, grasp so many frames, reach again, and grasp to the end."""
+    parts = [
+        (Segment("reach", 0, 9), Segment("grasp", 10, 9 + n), Segment("reach", 10 + n, 9 + n + m)) for n, m in durations
+    ]
+    ends = [(*of, Segment("grasp", of[-1].end + 1, 199)) for of in parts]
+    return [replace(annotation(*of, length=200), episode=i) for i, of in enumerate(ends)]
+
+
+def test_a_duration_beyond_the_dataset_s_own_tails_is_unlikely():
+    usual = [(10 + i % 3, 20) for i in range(40)]
+    assert annotations.unlikely(lasting(*usual), NAMES, 2.0) == []
+    found = annotations.unlikely(lasting(*usual, (10, 45), (11, 4), (3, 20)), NAMES, 2.0)
+    assert [(f.episode, f.head, f.subtask, f.rule) for f in found] == [
+        (40, "sparse", "reach", "unlikely duration"),
+        (41, "sparse", "reach", "unlikely duration"),
+        (42, "sparse", "grasp", "unlikely duration"),
+    ]
+    assert "episode 40, sparse, unlikely duration: 'reach' (20 to 64) lasts 45 frames; usual are 10 to 20" in str(
+        found[0]
+    )
+    assert annotations.unlikely(lasting(*usual, (10, 45)), NAMES, 3.0) == []
+    assert annotations.unlikely(lasting(*usual[:8], (10, 150)), NAMES, 2.0) == []  # of 18 nobody knows what is usual
+
+
+def test_how_short_the_last_segment_is_says_nothing_and_one_stage_is_not_judged():
+    whole = [annotation(Segment("reach", 0, 9), Segment("grasp", 10, 19)) for _ in range(30)]
+    early = annotation(Segment("reach", 0, 14), Segment("grasp", 15, 16), length=17)
+    assert annotations.unlikely([*whole, early], NAMES, 2.0) == []
+    long = annotation(Segment("task", 0, 999), length=1000)
+    assert annotations.unlikely([annotation(Segment("task", 0, 19))] * 30 + [long], {"sparse": ["task"]}, 2.0) == []
+
+
 def test_a_head_that_the_mode_needs_must_be_there():
     with pytest.raises(AnnotationError, match="dense, coverage: no segment"):
         annotations.validate(annotation(Segment("reach", 0, 19)), {**NAMES, "dense": ["reach"]})

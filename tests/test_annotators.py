@@ -441,6 +441,7 @@ def test_keyframes_pass_over_an_episode_that_is_too_short_to_learn_from():
         cut._read_vectors["observation.state"] = made.states
         found = list(keyframes.KeyframeAnnotator(cut, names).annotate(cut.episodes))
         assert [a.episode for a in found] == [e.index for e in made.episodes]
+        annotations.validate(found[0], names, length)
         same = np.mean([a.dense == b.dense for a, b in zip(found[1:], usual)])
         assert same > 0.8  # the short episode counts in nothing but the standardisation
     short = replace(made, episodes=tuple(replace(e, length=5) for e in made.episodes))
@@ -504,6 +505,11 @@ def test_propagate_carries_marks_finds_the_retry_and_knows_its_doubts():
     learned = annotator.learn(features)  # once, to be decoded in many ways, as the benchmark does
     looked_at = {e.index: propagate.predict(learned.ensemble, features[e.rows]) for e in unmarked}
     assert [annotator.decode(e, looked_at[e.index], learned) for e in unmarked] == others
+    with pytest.MonkeyPatch.context() as patched:  # as sharp as the path is decoded, which is unmoved: surer of itself
+        patched.setattr(propagate, "CAUTION", propagate.SHARPNESS)
+        sharper = [annotator.decode(e, looked_at[e.index], learned) for e in unmarked]
+    assert [a.dense for a in sharper] == [a.dense for a in others]
+    assert np.mean([c for a in sharper for c in a.confidence["dense"]]) > np.mean(sure)
 
 
 def test_what_turns_round_where_an_episode_is_rewound_are_the_velocities(monkeypatch):

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sarm_lib import corrections, pipeline
-from sarm_lib.annotations import Annotation, AnnotationError, Segment
+from sarm_lib.annotations import Annotation, AnnotationError, Finding, Segment
 from sarm_lib.dataset import fingerprint, open_dataset
 from tests.conftest import ROOT, run_notebook
 
@@ -308,6 +308,19 @@ def test_every_verdict_has_its_outcome_and_raw_annotations_stay(demos):
     assert fixed[1].sparse[1].start == 8 and fixed[1].annotator == "corrected" and fixed[3] == raw[3]
     assert "changed since" in reviewed.outcomes[4].note and fixed[4].sparse[1].start == 6
     assert raw == [annotation(demos, i) for i in range(5)]
+
+
+def test_what_the_gate_refuses_waits_for_a_person_and_a_person_s_word_stands_above_it(demos):
+    raw = [annotation(demos, i) for i in range(4)]
+    raw[0] = replace(raw[0], annotator="manual")
+    said = [corrections.of_now(raw[1], "accept"), fix(raw[2], 8)]
+    findings = [Finding(i, "sparse", "grasp", "unlikely duration", "too long") for i in range(4)]
+    reviewed = corrections.refuse(corrections.apply(raw, said, demos, NAMES), findings)
+    assert reviewed.refused == (findings[3],) and [a.episode for a in reviewed.annotations] == [0, 1, 2]
+    assert reviewed.accepted == [1] and reviewed.rejected == []
+    outdated = corrections.of_now(annotation(demos, 3, boundary=9), "accept")  # saw another annotation
+    again = corrections.refuse(corrections.apply(raw, [*said, outdated], demos, NAMES), findings)
+    assert again.refused == (findings[3],)
 
 
 @pytest.mark.parametrize("seen", [(), ("sparse",)])

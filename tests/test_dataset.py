@@ -15,6 +15,7 @@ from sarm_lib.dataset import (
     _keep,
     _splits,
     few_held_out,
+    files_in,
     fingerprint,
     open_dataset,
     split_summary,
@@ -312,6 +313,15 @@ def test_a_camera_whose_folder_is_a_link_is_in_the_fingerprint(copy, tmp_path):
     assert fingerprint(copy) != name
     camera.symlink_to(tmp_path / "elsewhere")
     assert fingerprint(copy) == name
+
+
+def test_links_in_a_circle_come_to_an_end_and_two_cameras_may_be_one_folder(tmp_path):
+    (tmp_path / "videos/front/deep").mkdir(parents=True)
+    (tmp_path / "videos/front/deep/a.mp4").touch()
+    (tmp_path / "videos/front/deep/back").symlink_to(tmp_path / "videos")
+    (tmp_path / "videos/top").symlink_to(tmp_path / "videos/front")
+    found = [str(path.relative_to(tmp_path)) for path in files_in(tmp_path / "videos")]
+    assert found == ["videos/front/deep/a.mp4", "videos/top/deep/a.mp4"] and files_in(tmp_path / "none") == []
 
 
 def test_the_suggested_window_spans_a_third_of_a_training_episode(tiny):

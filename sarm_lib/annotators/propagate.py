@@ -7,8 +7,8 @@ from what the scene is. The frames' probabilities are decoded by a hidden Markov
 marks. Both heads are decoded together, as pairs (sparse, dense) that the marks show, so that they never contradict each
 other.
 
-Each boundary carries a confidence: the probability, by the same model, that it lies within `WITHIN` seconds of where it
-is put (surer of itself than a few marks warrant: notebook 02 says how often it is right). Each segment carries a doubt: how
+Each boundary carries a confidence: the probability, by the same model decoded less sharply (`CAUTION`), that it lies within
+`WITHIN` seconds of where it is put (notebook 02 says how often it does). Each segment carries a doubt: how
 far the network took its frames for something else, before the order of subtasks was imposed on it. Check the doubtful ones,
 mark one or two of them, and run again.
 """
@@ -37,6 +37,7 @@ STEPS, LEARNING_RATE, WEIGHT_DECAY, NOISE, SMOOTHING = 250, 3e-3, 1e-2, 0.3, 0.0
 REWIND = 0.8  # how often a marked episode is rewound; SARM's own probability
 MEMBERS = 5  # of the ensemble
 SHARPNESS = 0.65  # neighbouring frames are not independent evidence
+CAUTION = 0.3  # the same where it says how sure it is: then nearly as many boundaries are right as it expects to be
 CHUNK = 2**16  # frames
 NO_FRAME = -100  # the label of what pads a shorter episode
 
@@ -127,8 +128,8 @@ class PropagateAnnotator:
 
     def decode(self, episode: Episode, probability: np.ndarray, learned: "Learned") -> Annotation:
         """The annotation that the chain makes of the probabilities (T, K) of each frame by itself."""
-        evidence = SHARPNESS * np.log(np.maximum(probability, np.finfo(float).tiny))
-        path, begin = best_path(evidence, learned.chain), entries(evidence, learned.chain)
+        seen = np.log(np.maximum(probability, np.finfo(float).tiny))
+        path, begin = best_path(SHARPNESS * seen, learned.chain), entries(CAUTION * seen, learned.chain)
         reach = max(1, round(WITHIN * self.dataset.fps))
         segments, confidence, doubt = {}, {}, {}
         for i, head in enumerate(self.heads):
