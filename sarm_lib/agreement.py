@@ -324,20 +324,28 @@ def suspicion(
     return table.sort_values("score", ascending=False, kind="stable")
 
 
-def reliability(
+def confidences(
     references: Mapping[int, Segments], annotations: Iterable[Annotation], head: str, names: list[str], fps: float
-) -> dict[str, dict[str, float | int]]:
-    """How often a boundary is within `WITHIN` seconds of one of the reference that leads into the same subtask, by the
-    annotator's `confidence` in it, which is a probability of just that. Episodes without confidences are left out."""
+) -> list[tuple[float, bool]]:
+    """Of every boundary, the annotator's `confidence` in it and whether it is within `WITHIN` seconds of one of the reference
+    that leads into the same subtask, of which it is the probability. Episodes without confidences are left out."""
     found: list[tuple[float, bool]] = []
     for annotation in annotations:
         if annotation.episode in references and (confidence := (annotation.confidence or {}).get(head)):
             true = _boundaries(references[annotation.episode], names)
-            for segment, sure in list(zip(annotation.head(head), confidence))[
-                1:
-            ]:  # the start of an episode is no boundary
+            for segment, sure in zip(
+                annotation.head(head)[1:], confidence[1:]
+            ):  # the start of an episode is no boundary
                 near = [b for b in true if b[1] == segment.subtask and abs(b[0] - segment.start) <= WITHIN * fps]
                 found.append((sure, bool(near)))
+    return found
+
+
+def reliability(
+    references: Mapping[int, Segments], annotations: Iterable[Annotation], head: str, names: list[str], fps: float
+) -> dict[str, dict[str, float | int]]:
+    """How often boundaries are right, by the annotator's confidence in them: see `confidences`."""
+    found = confidences(references, annotations, head, names, fps)
     rows = {}
     limits = (0.0, *SURE, np.inf)
     for low, high in itertools.pairwise(limits):

@@ -1,12 +1,13 @@
 """What `make bench` runs, at sizes that take no time: a benchmark that no longer runs is seen here."""
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 
 from benchmarks import compile as compiling
-from benchmarks import looks, small_pi05, speed
-from sarm_lib import annotations, dataset, params
+from benchmarks import looks, propagate, small_pi05, speed, unseen
+from sarm_lib import agreement, annotations, dataset, params
 from sarm_lib.annotations import Annotation, Segment
 from sarm_lib.model import Sarm, SarmSpec
 from sarm_lib.windows import WindowSpec
@@ -114,3 +115,46 @@ def test_every_held_out_episode_of_the_demo_was_looked_at(monkeypatch):
     for episode, segments in found.items():
         length = demos.episodes[episode].length
         annotations.validate(Annotation(episode, length, "manual", None, segments), names, length)
+
+
+def test_confidences_that_are_right_as_often_as_they_say_are_the_likeliest():
+    right = np.array([True] * 8 + [False] * 2)
+    by = {sure: propagate.believable(np.array([(sure, near) for near in right])) for sure in (0.5, 0.8, 0.99)}
+    assert max(by, key=lambda sure: by[sure]["log_likelihood"]) == 0.8
+    assert by[0.8]["confidence"] == by[0.8]["right"] == 0.8 and by[0.8]["rows"] == [[10, 0.8, 0.8]]
+    assert by[0.5]["log_likelihood"] == pytest.approx(np.log(0.5), abs=1e-4)
+    impossible = propagate.believable(
+        np.array([(1.0, False), (1.0, True)])
+    )  # certain and wrong: bad, not infinitely so
+    assert -10 < impossible["log_likelihood"] < -4
+
+
+def segments(*starts: tuple[str, int], length: int = 40) -> tuple[Segment, ...]:
+    ends = [start - 1 for _, start in starts[1:]] + [length - 1]
+    return tuple(Segment(name, start, end) for (name, start), end in zip(starts, ends))
+
+
+def test_retries_of_new_episodes_have_intervals_that_hold_what_was_measured():
+    names, back = ["reach", "grasp"], segments(("reach", 0), ("grasp", 10), ("reach", 20), ("grasp", 30))
+    none = segments(("reach", 0), ("grasp", 10))
+    compare = lambda a, b: agreement.compare(a, b, names, 40, 40)  # noqa: E731
+    pairs = (
+        [compare(back, back)] * 30 + [compare(back, none)] * 10 + [compare(none, back)] * 5 + [compare(none, none)] * 50
+    )
+    found = unseen.interval(pairs, np.random.default_rng(0))
+    (low, high), (precise, most) = found["retry_recall_95"], found["retry_precision_95"]
+    assert 0.5 < low < 0.75 < high < 0.95 and 0.6 < precise < 30 / 35 < most < 1
+
+
+def test_marks_by_the_truth_have_the_sparse_subtasks_that_the_marks_have(tiny):
+    demos = dataset.open_dataset(tiny)
+    train = demos.split("train")
+    ends = {e.index: e.length for e in train}
+    truth = {i: segments(("reach", 0), ("lift", 5), ("reach", 8), ("place", 11), length=n) for i, n in ends.items()}
+    dense = segments(("reach", 0), ("lift", 5), ("place", 11), length=14)
+    mark = Annotation(train[0].index, 14, "manual", segments(("take", 0), ("put", 11), length=14), dense)
+    given = unseen.taught(demos, truth, [mark])
+    assert [m.episode for m in given] == list(ends)
+    for m in given:
+        annotations.validate(m, {"sparse": ["take", "put"], "dense": ["reach", "lift", "place"]}, ends[m.episode])
+        assert m.sparse == segments(("take", 0), ("put", 11), length=m.length) and m.dense == truth[m.episode]
