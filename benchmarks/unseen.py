@@ -111,15 +111,15 @@ def doubted(given: list[Annotation], second: list[Annotation], trusted: dict, tr
 
 def measure(sets: int) -> dict:
     """Figures of every annotator on the demo's held-out episodes and on new ones."""
-    config = params.load("params.yaml")
-    demos, folder = dataset.from_params(config), config.paths.shared("work/unseen")
+    config = params.load("params.yaml", {"base.outputs": "outputs/unseen"})  # out of the way of a pipeline that runs beside it
+    demos, folder = dataset.from_params(config), config.paths.shared("recorded")
     with ProcessPoolExecutor(min(sets, os.cpu_count() or 1), get_context("spawn")) as pool:
         roots = list(pool.map(partial(record_set, folder), range(sets)))
     target, first_new = folder / f"with-{sets}-sets", len(demos.episodes)
     if not target.exists():
         with_new_episodes(demos, roots, target)
     merged = dataset.open_dataset(target, image_keys=config.base.image_keys, group_key=config.base.group_key)
-    at = folder / "embeddings"
+    at = config.paths.write("embeddings")
     encoder.ensure_embeddings(at, config, merged, encoder.from_params(config, dataset.pick_device(config.base.device)))
     embeddings = encoder.open_embeddings(at, merged)
 
