@@ -59,6 +59,7 @@ def measure(choices: int) -> dict:
     marks, known = known_episodes(config, demos)
     features = propagate.PropagateAnnotator(demos, embeddings, marks, vocabulary, seed=0).features()
     in_use, rng = (propagate.REWIND, propagate.SHARPNESS), np.random.default_rng(0)
+    assert in_use in itertools.product(REWIND, SHARPNESS), "what is in use is among what is compared"
     found = {setting: [] for setting in itertools.product(REWIND, SHARPNESS)}
     sure, cautious = {caution: [] for caution in CAUTION}, propagate.CAUTION
     for _ in tqdm(range(choices), unit="choice"):

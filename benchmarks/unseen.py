@@ -6,8 +6,9 @@ The demo's held-out episodes were looked at while settings were chosen, so what 
 own demonstrator gives as many episodes of the same kinds from other starts, several sets of them; `propagate` learns from the
 demo's eight marks with its settings as they are, as the pipeline does, and annotates the demo's held-out episodes and the new
 ones alike. Nothing is learned or chosen from the new ones: a setting that is changed because of what comes out here asks for
-sets from other seeds. Beside it stand the settings that were in use before rewinding was chosen, `keyframes`, and, as a ceiling,
-the same network taught the simulator's truth of all training episodes: what it misses, no better marks would let it find.
+sets from other seeds (`FIRST_SEED`). Beside it stand the settings that were in use before rewinding was chosen (`BEFORE`),
+`keyframes`, and the same network taught the simulator's truth of all training episodes: so much would perfect marks of all of
+them give, with these settings.
 
 Retries have 95 % intervals by bootstrap over episodes. `suspicion` is the share of the wrong frames in the first tenth and fifth
 of the new episodes, most suspicious first, as notebook 02 orders them.
@@ -30,12 +31,13 @@ from sarm_lib import agreement, annotations, corrections, dataset, encoder, para
 from sarm_lib.annotations import Annotation, Segment
 from sarm_lib.annotators import propagate
 from sarm_lib.annotators.keyframes import KeyframeAnnotator
-from sarm_lib.artifacts import code_digest, staged
+from sarm_lib.artifacts import code_digest, digest, file_digest, staged
 from sarm_lib.dataset import Dataset
 
 FIRST_SEED, SEEDS = 40_000, 1000  # of the first set, and from one set to the next
 HELD_OUT = tuple(val + test for val, test in zip(MIXTURE["val"], MIXTURE["test"], strict=True))  # episodes of each kind
-BEFORE = {"REWIND": 0.0, "SHARPNESS": 0.5}
+BEFORE = {"REWIND": 0.0, "SHARPNESS": 0.5, "CAUTION": 0.5}  # confidences were as sharp as the path
+MADE_BY = [Path("demo") / name for name in ("demonstrations.py", "record.py", "simulator.py", "truth.json")]
 HEAD, CEILING = "dense", "propagate, taught the truth"
 
 type Truths = dict[int, tuple[Segment, ...]]  # by episode
@@ -43,9 +45,9 @@ type Truths = dict[int, tuple[Segment, ...]]  # by episode
 
 def record_set(folder: Path, number: int) -> Path:
     """The dataset of one set of episodes, recorded unless it is there."""
-    root = folder / f"set-{number}"
+    plan = interleaved("test", HELD_OUT, FIRST_SEED + SEEDS * number)
+    root = folder / digest(plan, [file_digest(path) for path in MADE_BY])
     if not root.exists():
-        plan = interleaved("test", HELD_OUT, FIRST_SEED + SEEDS * number)
         record_episodes(root, plan, Truth.load(TRUTH), simulator())
     return root
 
@@ -115,7 +117,7 @@ def measure(sets: int) -> dict:
     demos, folder = dataset.from_params(config), config.paths.shared("recorded")
     with ProcessPoolExecutor(min(sets, os.cpu_count() or 1), get_context("spawn")) as pool:
         roots = list(pool.map(partial(record_set, folder), range(sets)))
-    target, first_new = folder / f"with-{sets}-sets", len(demos.episodes)
+    target, first_new = folder / digest(demos.fingerprint, [root.name for root in roots]), len(demos.episodes)
     if not target.exists():
         with_new_episodes(demos, roots, target)
     merged = dataset.open_dataset(target, image_keys=config.base.image_keys, group_key=config.base.group_key)

@@ -24,7 +24,6 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, WithJsonSchema, model_validator
 
 from sarm_lib.annotations import (
-    BY_HAND,
     HEADS,
     SINGLE_STAGE,
     STRICT,
@@ -171,9 +170,10 @@ def apply(
 
 
 def refuse(reviewed: Reviewed, findings: Sequence[Finding]) -> Reviewed:
-    """Without the episodes of `findings` that no person has marked, fixed or accepted; a person's word stands above a rule
-    of thumb."""
-    by_hand = {a.episode for a in reviewed.annotations if a.annotator in BY_HAND} | set(reviewed.accepted)
+    """Without the episodes of `findings` that no person has marked, fixed or accepted as they are; a person's word stands
+    above a rule of thumb. A fix of one head says nothing of the other where that has changed since (`outdated`)."""
+    by_hand = {a.episode for a in reviewed.annotations if a.annotator == "manual"}
+    by_hand |= {o.episode for o in reviewed.outcomes if o.outcome in ("accepted", "fixed")}
     refused = tuple(finding for finding in findings if finding.episode not in by_hand)
     out = {finding.episode for finding in refused}
     return replace(reviewed, annotations=[a for a in reviewed.annotations if a.episode not in out], refused=refused)

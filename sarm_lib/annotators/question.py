@@ -224,7 +224,7 @@ def parse(text: str, names: list[str], length: int, fps: float) -> tuple[Segment
                 f"which starts at {answer[i - 2]['start']}, by two frames ({2 / fps:.3f} seconds) or more"
             )
         starts.append(frame)
-    if length - starts[-1] < 2:
+    if length - starts[-1] < min(2, length):  # an episode of a single frame has room for nothing longer
         raise AnnotationError(f"the last segment starts at {answer[-1]['start']} seconds, where the video ends")
     ends = [start - 1 for start in starts[1:]] + [length - 1]
     return tuple(Segment(item["subtask"], start, end) for item, start, end in zip(answer, starts, ends))
