@@ -115,6 +115,51 @@ def test_people_s_verdicts_reach_training_and_partly_annotated_datasets_are_scor
     assert progress[["progress_dense"]].notna().all().all()
 
 
+def test_a_duration_beyond_belief_waits_for_a_person(tmp_path, project, monkeypatch):
+    """No annotation until somebody accepts it; first to look at; and figures keep it, or they would look better for it."""
+    import shutil
+    from dataclasses import replace
+
+    import yaml
+
+    from sarm_lib import annotations, corrections, params
+    from sarm_lib.artifacts import read_json
+    from sarm_lib.lerobot_io import read_labels
+
+    copy = shutil.copytree(project, tmp_path / "p", symlinks=True)
+    values = yaml.safe_load((copy / "params.yaml").read_text())
+    values["verify"] |= {"corrections": "corrections.yaml", "unlikely_duration": 1.1}
+    (copy / "params.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    monkeypatch.setattr(annotations, "ENOUGH", 3)  # of eight episodes
+    monkeypatch.setattr(annotations, "USUAL", (0.0, 0.5))
+    config, found = params.load(copy / "params.yaml"), run_notebook(copy, "02_verify")
+    demos, names, refused = found["demos"], found["vocabulary"], found["kept"].refused
+    out = {finding.episode for finding in refused}
+    assert (
+        out
+        and len(out) < len(demos.episodes)
+        and read_json(copy / "outputs/metrics/verify.json")["refused"] == [str(finding) for finding in refused]
+    )
+    everyone = {a.episode for a in found["raw"]}
+    labels = read_labels(copy / "outputs/dataset", demos, config.heads)
+    assert labels.annotated == everyone - out
+    assert set(found["suspicion"].index[: len(out)]) == out == set(list(found["reasons"])[: len(out)])
+    assert all("refused: " in found["reasons"][i] for i in out)
+    for figures in found["quality"].values():
+        assert not figures.get("missing")
+    victim = next(a for a in found["raw"] if a.episode in out)
+    corrections.record_correction(copy / "corrections.yaml", demos, corrections.of_now(victim, "accept"))
+    again = run_notebook(copy, "02_verify")
+    assert {f.episode for f in again["kept"].refused} == out - {victim.episode}
+    half = replace(
+        victim, sparse=(annotations.Segment(names["sparse"][0], 0, victim.length - 1),)
+    )  # another sparse head
+    said = corrections.of_now(half, "fix", {"dense": victim.dense})
+    reviewed = corrections.apply(found["raw"], [said], demos, names)
+    assert [o.outcome for o in reviewed.outcomes] == ["outdated"]
+    assert victim.episode in {f.episode for f in corrections.refuse(reviewed, refused).refused}
+
+
 def test_who_marks_every_episode_is_offered_every_episode(tmp_path, project):
     """`manual`: those of test too, without a mark of which notebook 04 has nothing to compare with."""
     import shutil
