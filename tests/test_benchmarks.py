@@ -1,5 +1,7 @@
 """What `make bench` runs, at sizes that take no time: a benchmark that no longer runs is seen here."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from accelerate.state import AcceleratorState
 
 from benchmarks import compile as compiling
 from benchmarks import looks, propagate, small_pi05, speed, unseen
-from sarm_lib import agreement, annotations, dataset, params
+from sarm_lib import agreement, annotations, corrections, dataset, params
 from sarm_lib.annotations import Annotation, Segment
 from sarm_lib.model import Sarm, SarmSpec
 from sarm_lib.windows import WindowSpec
@@ -158,3 +160,52 @@ def test_marks_by_the_truth_have_the_sparse_subtasks_that_the_marks_have(tiny):
     for m in given:
         annotations.validate(m, {"sparse": ["take", "put"], "dense": ["reach", "lift", "place"]}, ends[m.episode])
         assert m.sparse == segments(("take", 0), ("put", 11), length=m.length) and m.dense == truth[m.episode]
+
+
+@pytest.fixture
+def annotated(tiny):
+    """The tiny dataset, a truth with a retry in every episode, and annotations that find it in all but the last one."""
+    demos, names = dataset.open_dataset(tiny), {"dense": ["reach", "grasp"]}
+    ends = {e.index: e.length for e in demos.episodes}
+    truth = {i: segments(("reach", 0), ("grasp", 3), ("reach", 6), ("grasp", 9), length=n) for i, n in ends.items()}
+    sure = {"dense": (1.0,) * 4}
+    given = [Annotation(i, n, "propagate", None, truth[i], sure, doubt={"dense": (0.0,) * 4}) for i, n in ends.items()]
+    missed = segments(("reach", 0), ("grasp", 3), length=given[-1].length)
+    given[-1] = replace(given[-1], dense=missed, confidence={"dense": (1.0, 0.6)}, doubt={"dense": (0.0, 0.5)})
+    return demos, names, truth, given
+
+
+def test_what_is_suspicious_first_and_put_right_is_counted_as_right(annotated, monkeypatch):
+    demos, names, truth, given = annotated
+    monkeypatch.setattr(unseen, "SHARES", (0.0, 1 / len(given)))
+    found = unseen.doubted(given, given, {"dense": 0.5}, truth, names, demos.fps)["suspicion"]
+    before, after = found.values()
+    assert before["retry_recall_once_right"] == pytest.approx(1 - 1 / len(given), abs=1e-4)
+    assert after["episodes"] == 1 and after["errors"] == 1.0
+    assert after["retry_recall_once_right"] == after["frame_agreement_once_right"] == 1.0
+
+
+def test_what_an_eye_says_stands_beside_annotator_and_simulator(annotated, tmp_path, monkeypatch):
+    demos, names, truth, given = annotated
+    monkeypatch.setattr(unseen, "LOOKS", tmp_path / "looks.yaml")
+    sees = segments(("reach", 0), ("grasp", 3), ("reach", 7), ("grasp", 9), length=given[-1].length)
+    corrections.record_correction(unseen.LOOKS, demos, corrections.of_now(given[0], "accept"))
+    corrections.record_correction(unseen.LOOKS, demos, corrections.of_now(given[-1], "fix", {"dense": sees}))
+    found = unseen.looked_at(given, demos, truth, names)
+    assert found.pop("outcomes") == {"accepted": 1, "fixed": 1}
+    said = {what: (row["episodes"], row["retries"], row["retry_recall"]) for what, row in found.items()}
+    assert said == {
+        "annotator against simulator": (2, 2, 0.5),
+        "eye against simulator": (2, 2, 1.0),
+        "annotator against eye": (2, 2, 0.5),
+        "all new ones, these by eye, against simulator": (len(given), len(given), 1.0),
+    }
+    assert found["eye against simulator"]["frame_agreement"] < 1
+
+
+def test_looks_at_other_recordings_are_refused(annotated, tmp_path, monkeypatch):
+    demos, names, truth, given = annotated
+    monkeypatch.setattr(unseen, "LOOKS", tmp_path / "looks.yaml")
+    unseen.LOOKS.write_text("dataset: '0'\ncorrections: []\n")
+    with pytest.raises(annotations.AnnotationError, match="another dataset"):
+        unseen.looked_at(given, demos, truth, names)
