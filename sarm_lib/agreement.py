@@ -8,13 +8,14 @@ that leads back to an earlier subtask.
 """
 
 import itertools
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
-from sarm_lib.annotations import BY_HAND, HEADS, Annotation, Finding, Segment, unlikely
+from sarm_lib.annotations import BY_HAND, ENOUGH, HEADS, SINGLE_STAGE, Annotation, Finding, Segment, unlikely
 from sarm_lib.dataset import Dataset, DatasetError
 
 TOLERANCE = 0.5  # seconds
@@ -31,7 +32,7 @@ NOTABLE = 0.05  # share of an episode's frames: less is a matter of boundaries
 OTHERS = 0.1  # what another opinion or a doubt counts in `suspicion`, beside an annotator's own doubts
 # Columns of `summary`; one table would be too wide.
 ABOUT_FRAMES = ["episodes", "missing", "frame_agreement", "segment_iou"]
-ABOUT_BOUNDARIES = ["boundary_error_frames", "boundaries_missed", "boundaries_extra"]
+ABOUT_BOUNDARIES = ["boundary_error_frames", "boundary_error_seconds", "boundaries_missed", "boundaries_extra"]
 ABOUT_BOUNDARIES += ["retries", "retry_recall", "retry_precision"]
 
 Segments = tuple[Segment, ...]
@@ -243,6 +244,17 @@ def doubts(annotations: list[Annotation], vocabulary: dict[str, list[str]]) -> l
                     text = f"it stands {where}, without {', '.join(map(repr, missing))}"
                     found.append(Finding(annotation.episode, head, after.subtask, "skipped", text))
     return found
+
+
+def too_few_to_judge(annotations: Iterable[Annotation], vocabulary: dict[str, list[str]]) -> list[str]:
+    """Subtasks of which no duration is unlikely, as there are fewer than `ENOUGH` segments, and how many there are."""
+    given, few = list(annotations), []
+    for head, names in vocabulary.items():
+        counts = Counter(s.subtask for annotation in given for s in annotation.head(head) or ())
+        few += [
+            f"{head} {name!r} ({counts[name]})" for name in names if names != [SINGLE_STAGE] and counts[name] < ENOUGH
+        ]
+    return few
 
 
 def _disagreeing_heads(annotations: list[Annotation], vocabulary: dict[str, list[str]]) -> list[Finding]:

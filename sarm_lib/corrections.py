@@ -51,7 +51,8 @@ SEEN_ALIKE = 0.05  # seconds: who looks at a video does not tell such boundaries
 class Correction:
     """A person's verdict on one episode.
 
-    segments: what a *fix* says, by head; heads that it does not name stay as they were annotated.
+    segments: what a *fix* says, by head; heads that it does not name stay as they were annotated. A *reject* keeps those of
+    the fix before it, which holds again once the rejection is withdrawn.
     was: the annotation that the person saw, by head. who, when (ISO 8601), why: for those who read the file later.
     """
 
@@ -254,10 +255,17 @@ def _given(head: str) -> dict[str, Any]:
     return {"properties": {head: {"type": "array"}}, "required": [head]}
 
 
-ONLY_A_FIX_HAS_SEGMENTS = {
-    "if": {"properties": {"verdict": {"const": "fix"}}},
-    "then": {"anyOf": [_given(head) for head in HEADS]},
-    "else": {"properties": {head: {"type": "null"} for head in HEADS}},
+A_FIX_HAS_SEGMENTS = {
+    "allOf": [
+        {
+            "if": {"properties": {"verdict": {"const": "fix"}}},
+            "then": {"anyOf": [_given(head) for head in HEADS]},
+        },
+        {
+            "if": {"properties": {"verdict": {"const": "accept"}}},
+            "then": {"properties": {head: {"type": "null"} for head in HEADS}},
+        },
+    ]
 }
 
 
@@ -271,17 +279,18 @@ class MarkEntry(Heads):
 
 
 class CorrectionEntry(MarkEntry):
-    """A person's verdict on one episode. A fix, and only a fix, has segments; `was` is the annotation that was seen."""
+    """A person's verdict on one episode. A fix has segments, a rejection may keep those of the fix before it, an acceptance has
+    none; `was` is the annotation that was seen."""
 
-    model_config = STRICT | {"json_schema_extra": ONLY_A_FIX_HAS_SEGMENTS}
+    model_config = STRICT | {"json_schema_extra": A_FIX_HAS_SEGMENTS}
 
     verdict: Verdict
     was: Heads | None = None
 
     @model_validator(mode="after")
     def _fixes_have_segments(self) -> "CorrectionEntry":
-        if (self.verdict == "fix") != bool(self.segments):
-            raise ValueError("a fix, and only a fix, has segments under sparse: or dense:")
+        if self.verdict != "reject" and (self.verdict == "fix") != bool(self.segments):
+            raise ValueError("a fix has segments under sparse: or dense:, an acceptance has none")
         return self
 
 
@@ -520,17 +529,21 @@ def record_correction(path: Path, dataset: Dataset, correction: Correction, head
     cannot be read, and leaves it as it is.
 
     heads: those that the person was asked about. What the file says of others stays, so that an acceptance of these may be
-    written as a fix that says both. Returns the verdict that was written.
+    written as a fix that says both; a rejection keeps all that a fix said. Returns the verdict that was written.
     """
     said = {head: given for head, given in correction.segments.items() if head in heads}
     seen = {head: given for head, given in correction.was.items() if head in heads}
     before = _entry(path, "corrections", dataset, correction.episode)
     verdict = correction.verdict
-    if before and verdict != "reject" and before.verdict != "reject":
+    if before and verdict == "reject" and before.segments:
+        said, seen = before.segments, before.was.segments if before.was else {}
+    elif before and verdict != "reject":
         seen_before = _of_others(before.was.segments if before.was else {}, heads)
         kept = _of_others(before.segments, heads)
         if verdict == "fix" and before.verdict == "accept":
             kept = seen_before
+        if before.verdict == "reject" and not kept:
+            seen_before = {}
         if kept:
             said, verdict = kept | (said if verdict == "fix" else seen), "fix"
         seen |= seen_before
@@ -552,9 +565,11 @@ def record_mark(path: Path, dataset: Dataset, mark: Annotation, why: str = "", h
 
 
 def withdraw(path: Path, kind: Kind, dataset: Dataset, episode: int, heads: Collection[str] = HEADS) -> bool:
-    """Take what the file says of these heads of an episode out of it: the whole entry, unless it has segments of others.
-    Returns whether it has."""
+    """Take what the file says of these heads of an episode out of it: the whole entry, unless it has segments of others; of
+    a rejection, the rejection alone. Returns whether something of the episode stays."""
     before, entry = _entry(path, kind, dataset, episode), None
+    if kind == "corrections" and before and before.verdict == "reject":
+        heads = ()  # a fix before it holds again
     if before and (kept := _of_others(before.segments, heads)):
         entry = {"episode": episode} | ({"verdict": "fix"} if kind == "corrections" else {}) | _rows(kept)
         if kind == "corrections" and before.was and (seen := _of_others(before.was.segments, heads)):
@@ -584,6 +599,10 @@ def _rows(segments: dict[str, Segments]) -> dict[str, list]:
     return found
 
 
+REFERRED = (
+    "{name} stays as it was: with this change nobody could read it. Does this entry refer to another place of the file, or another "
+    "entry to this one (& and *)? Write it out there, then save again"
+)
 COMMENTS_BELOW = re.compile(r"(?:^[ \t]*(?:#[^\n]*)?\n)*\Z", re.MULTILINE)  # and empty lines
 
 
@@ -599,8 +618,10 @@ class _Piece:
 def _put(path: Path, kind: Kind, dataset: Dataset, episode: int, entry: dict | None) -> None:
     """Put `entry` in the place of that of `episode`, or take it out (None); all other lines stay as they are.
 
-    The text is cut at its entries: ruamel ties a comment to what stands before it, and would lose it with that.
+    Raises AnnotationError where that cannot be done, and leaves the file as it is. The text is cut at its entries: ruamel ties a comment to what stands before it, and would lose it with that.
     """
+    from ruamel.yaml.error import YAMLError
+
     before = _entries(path, kind, dataset)
     text = path.read_text() if path.exists() else ""
     if not path.exists() or _yaml(path) is None:  # comments, if anything
@@ -614,7 +635,10 @@ def _put(path: Path, kind: Kind, dataset: Dataset, episode: int, entry: dict | N
     if entry is None and known:
         known.lines = ""
     elif entry is not None and known:
-        known.lines = _lines(entry, column, known.lines)
+        try:
+            known.lines = _lines(entry, column, known.lines)
+        except YAMLError as error:  # it refers to what stands elsewhere
+            raise AnnotationError(REFERRED.format(name=path.name)) from error
     elif entry is not None:
         place = next((i for i, piece in enumerate(pieces) if piece.episode > episode), len(pieces))
         pieces.insert(place, _Piece(episode, "", _lines(entry, column)))
@@ -624,10 +648,7 @@ def _put(path: Path, kind: Kind, dataset: Dataset, episode: int, entry: dict | N
         try:
             _entries(partial, kind, dataset)
         except AnnotationError as error:
-            raise AnnotationError(
-                f"{path.name} stays as it was: with this change nobody could read it. Does another entry refer to this one "
-                "(& and *)? Write it out there, then save again"
-            ) from error
+            raise AnnotationError(REFERRED.format(name=path.name)) from error
 
 
 def _cut(text: str, kind: Kind, episodes: list[int]) -> tuple[str, list[_Piece], str, int] | None:

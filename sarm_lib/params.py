@@ -121,13 +121,13 @@ class Annotate(Section):
     model: str
     video_key: str | None  # the camera it sees; None for the reward model's first
     frames_per_second: Rate
-    max_frames: Positive
-    time_resolution: Rate  # seconds
+    max_frames: Annotated[int, Field(ge=2)]
+    time_resolution: Annotated[float, Field(gt=0, le=1)]  # seconds
     temperature: Annotated[float, Field(ge=0)]
     max_attempts: Positive
     batch_size: Positive
     num_workers: Positive  # processes, one GPU each
-    server_url: str
+    server_url: Annotated[str, Field(pattern=r"^https?://")]
     requests_in_flight: Positive
     server_grammar: bool  # vLLM takes the whole grammar, other servers a schema only
     server_timeout: Rate  # seconds, of one request

@@ -313,6 +313,7 @@ def test_a_mixture_of_experts_answers_too(tmp_path):
     asked = ask_here(make_vlm(tmp_path / "moe", experts=True), dataset)
     assert all(isinstance(result, Annotation) for result in asked.annotate(dataset.episodes))
     needs = asked.estimate(dataset.episodes)
+    assert "_loaded" not in vars(asked), "the model stays when it is needed no more"
     experts = sum(p.numel() for n, p in asked._loaded.model.named_parameters() if ".experts." in n)
     assert needs.parameters == asked._loaded.model.num_parameters()
     assert needs.active_parameters == needs.parameters - experts / 2
@@ -406,15 +407,15 @@ def test_what_a_batch_took_is_given_back_before_its_episodes_are_asked_alone(cap
     caplog.set_level("WARNING", "sarm")
     dataset = Clips([20, 30, 25])
     asked = ask_here(Path("no model"), dataset)
-    asked._loaded = TooSmall()
+    asked._loaded = model = TooSmall()
     results = list(asked.annotate(dataset.episodes))
     assert [type(result) for result in results] == [Annotation] * 3, results
-    assert len(asked._loaded.batches) == 1 and "asking one at a time: OutOfMemoryError" in caplog.text
+    assert len(model.batches) == 1 and "asking one at a time: OutOfMemoryError" in caplog.text
 
 
 def test_a_model_that_is_not_there_is_one_clear_error(tmp_path):
     dataset = Clips([20, 30])
-    with pytest.raises(AnnotationError, match="cannot load the processor of"):
+    with pytest.raises(AnnotationError, match="cannot read the configuration of"):
         list(ask_here(tmp_path / "nothing", dataset).annotate(dataset.episodes))
 
 

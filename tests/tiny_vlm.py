@@ -220,6 +220,9 @@ class Clips:
             (root / "meta").mkdir(parents=True, exist_ok=True)
             (root / "meta/info.json").write_text(json.dumps(info))
 
+    def content(self, episode: Episode, image_key: str) -> str:
+        return f"{image_key}: {episode.length} frames"
+
     def read_frames(self, episode: Episode, image_key: str, frame_indices: list[int]) -> np.ndarray:
         if episode.index in self.broken:
             raise DatasetError(f"episode {episode.index}, {image_key}: file-000.mp4 is missing")

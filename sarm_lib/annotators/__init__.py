@@ -42,7 +42,11 @@ class Failure:
 
 
 class Annotator(Protocol):
-    """identity: JSON values that, with dataset and vocabulary, decide the answers; they name the folder of unfinished work."""
+    """identity: JSON values that, with dataset and vocabulary, decide the answers; they name the folder of unfinished work.
+
+    One whose answers depend on nothing of the dataset but the episode also has `fits(annotation, episode)`, which says whether
+    an earlier answer is about that episode: then the answers outlive the dataset's growth.
+    """
 
     identity: dict[str, Any]
 
@@ -189,7 +193,7 @@ def run(
     episodes = list(dataset.episodes if episodes is None else episodes)
     folder = _folder(annotator, dataset, vocabulary, work)
     answers = _answers(annotator, folder, skip_existing)
-    done, unreadable = _stored(answers, vocabulary, dataset)
+    done, unreadable = _stored(answers, vocabulary, dataset, _fits(annotator))
     if isinstance(annotator, Existing):
         return annotator.show(episodes, done, vocabulary, dataset)
     for reason in unreadable:
@@ -240,12 +244,19 @@ def waiting(
     if isinstance(annotator, Existing):
         return []
     answers = _answers(annotator, _folder(annotator, dataset, vocabulary, work), skip_existing)
-    done, _ = _stored(answers, vocabulary, dataset)
+    done, _ = _stored(answers, vocabulary, dataset, _fits(annotator))
     return [episode for episode in (dataset.episodes if episodes is None else episodes) if episode.index not in done]
 
 
 def _folder(annotator: Annotator, dataset: Dataset, vocabulary: dict[str, list[str]], work: Path) -> Path:
-    return work / digest(annotator.identity, vocabulary, dataset.fingerprint)
+    of_episodes_alone = _fits(annotator) is not None
+    return work / digest(annotator.identity, vocabulary, None if of_episodes_alone else dataset.fingerprint)
+
+
+def _fits(annotator: Annotator | None) -> Callable[[Annotation, Episode], bool] | None:
+    while isinstance(annotator, Opinion | Existing):
+        annotator = annotator.annotator
+    return getattr(annotator, "fits", None)
 
 
 def _answers(annotator: Annotator, folder: Path, skip_existing: bool) -> Path:
@@ -254,7 +265,10 @@ def _answers(annotator: Annotator, folder: Path, skip_existing: bool) -> Path:
 
 
 def _stored(
-    folder: Path, vocabulary: dict[str, list[str]], dataset: Dataset
+    folder: Path,
+    vocabulary: dict[str, list[str]],
+    dataset: Dataset,
+    fits: Callable[[Annotation, Episode], bool] | None = None,
 ) -> tuple[dict[int, Annotation], list[AnnotationError]]:
     """Answers of earlier runs, by episode, and what is wrong with those that cannot be read (any more)."""
     found, unreadable = {}, []
@@ -262,7 +276,9 @@ def _stored(
         path = folder / annotations.file_name(episode.index)
         try:
             if path.exists():
-                found[episode.index] = annotations.load_one(path, vocabulary, episode.length)
+                annotation = annotations.load_one(path, vocabulary, episode.length)
+                if fits is None or fits(annotation, episode):
+                    found[episode.index] = annotation
         except AnnotationError as error:
             unreadable.append(error)
     return found, unreadable
@@ -335,7 +351,7 @@ class Existing:
     what is wanted; else what the stage left last in `folder`, whoever made that."""
 
     def __init__(self, annotator: Annotator, folder: Path) -> None:
-        self.identity, self.folder = annotator.identity, folder
+        self.annotator, self.identity, self.folder = annotator, annotator.identity, folder
 
     def show(
         self,
@@ -368,30 +384,36 @@ def made_by(annotator: Annotator, annotated: Sequence[Annotation]) -> str:
 
 
 class Opinion:
-    """Stands for an annotator that the pipeline can do without: where it raises AnnotationError, what it has not
-    annotated by then fails for that reason."""
+    """Stands for an annotator that the pipeline can do without: where it raises whatever it may, what it has not annotated by
+    then fails for that reason."""
 
     def __init__(self, name: str, make: Callable[[], Annotator]) -> None:
         self.identity, self.annotator, self.refusal = {"annotator": name}, None, None
         try:
             self.annotator = make()
             self.identity = self.annotator.identity
-        except AnnotationError as error:
-            self.refusal = error
+        except Exception as error:
+            self.refusal = _reason(error)
 
     def annotate(self, episodes: Sequence[Episode]) -> Iterator[Annotation | Failure]:
-        missing = {episode.index for episode in episodes}
+        missing, reason = {episode.index for episode in episodes}, self.refusal
         try:
-            if self.refusal:
-                raise self.refusal
-            for result in self.annotator.annotate(episodes):
+            for result in self.annotator.annotate(episodes) if self.annotator else ():
                 missing.discard(result.episode)
                 yield result
-        except AnnotationError as error:
-            yield from (Failure(index, str(error)) for index in sorted(missing))
+        except Exception as error:
+            reason = _reason(error)
+        if reason:
+            yield from (Failure(index, reason) for index in sorted(missing))
 
     def estimate(self, episodes: Sequence[Episode]) -> str:
         try:
             return f"nothing: {self.refusal}" if self.refusal else estimate(self.annotator, episodes)
-        except AnnotationError as error:
-            return f"nothing: {error}"
+        except Exception as error:
+            return f"nothing: {_reason(error)}"
+
+
+def _reason(error: Exception) -> str:
+    if not isinstance(error, AnnotationError):
+        log.debug("an opinion failed", exc_info=error)
+    return str(error) if isinstance(error, AnnotationError) else f"{type(error).__name__}: {error}"

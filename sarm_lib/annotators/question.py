@@ -8,7 +8,9 @@ answers through; a JSON schema cannot say that times increase, so every answer i
 import io
 import json
 import math
+import re
 import reprlib
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from decimal import Decimal
 from fractions import Fraction
@@ -19,7 +21,7 @@ import numpy as np
 
 from sarm_lib.annotations import SINGLE_STAGE, Annotation, AnnotationError, Segment, validate, whole_episode
 from sarm_lib.artifacts import digest, readable
-from sarm_lib.dataset import Dataset, Episode
+from sarm_lib.dataset import Dataset, DatasetError, Episode
 
 MAX_STEPS = 1500  # start times to choose from: xgrammar compiles the grammar of so many in two seconds
 MAX_SEGMENTS = 200  # of an answer; bounds its length in tokens, through the least duration of a segment
@@ -197,9 +199,9 @@ def max_tokens(names: list[str], steps: Steps) -> int:
 def parse(text: str, names: list[str], length: int, fps: float) -> tuple[Segment, ...]:
     """The segments of an answer, from frame 0 to the episode's last. Raises AnnotationError, whatever the text is."""
     try:
-        answer = json.loads(text)
+        answer = json.loads(_unwrapped(text))
     except (ValueError, RecursionError) as error:
-        raise AnnotationError(f"the answer is not JSON: {error}") from None
+        raise AnnotationError(f"the answer is not JSON: {error}; it is {reprlib.repr(text)}") from None
     if isinstance(answer, dict):
         answer = answer.get("segments")
     if not isinstance(answer, list) or not answer:
@@ -228,6 +230,13 @@ def parse(text: str, names: list[str], length: int, fps: float) -> tuple[Segment
         raise AnnotationError(f"the last segment starts at {answer[-1]['start']} seconds, where the video ends")
     ends = [start - 1 for start in starts[1:]] + [length - 1]
     return tuple(Segment(item["subtask"], start, end) for item, start, end in zip(answer, starts, ends))
+
+
+def _unwrapped(text: str) -> str:
+    """The answer without what a server that follows no schema lets a model write around it: its thoughts, a Markdown fence."""
+    text = text.rpartition("</think>")[2].strip()
+    fenced = re.fullmatch(r"```(?:json)?\s*(.*?)\s*```", text, re.DOTALL)
+    return fenced[1] if fenced else text
 
 
 # --- an episode's questions -----------------------------------------------------------------------------------------
@@ -341,6 +350,38 @@ class Interviewer:
         prompt = digest(PROMPT, self.dataset.tasks)  # a task that was reworded is another question
         return {"annotator": self.name, "prompt": prompt, **{key: getattr(self, key) for key in asked}}
 
+    @cached_property
+    def _videos(self) -> dict[int, str]:
+        return {}
+
+    def video_identity(self, episode: Episode) -> str:
+        """Names the video that the model is shown frames of, by its bytes."""
+        if episode.index not in self._videos:
+            self._videos[episode.index] = self.dataset.content(episode, self.camera)
+        return self._videos[episode.index]
+
+    def fits(self, annotation: Annotation, episode: Episode) -> bool:
+        """Whether an earlier answer is one to the same question about the same video, also in a dataset that has grown."""
+        said = annotation.provenance.get("answers", {})
+        asked = {head: self.question(episode, head).prompt for head in self.asked}
+        if {head: (said.get(head) or {}).get("prompt") for head in self.asked} != asked:
+            return False
+        try:
+            return annotation.provenance.get("content") == self.video_identity(episode)
+        except DatasetError:  # it cannot be read any more: asking says so
+            return False
+
+    def coarse(self, episodes: Sequence[Episode]) -> str:
+        """What is to be said of episodes that are too long to be asked at the resolution that is wanted; else nothing."""
+        sizes = [time_steps(e.length, self.dataset.fps, self.resolution).size for e in episodes]
+        longer = [size for size in sizes if float(size) > self.resolution]
+        if not longer:
+            return ""
+        return (
+            f". {len(longer)} episodes have more than {MAX_STEPS} steps of annotate.time_resolution: they are asked in steps of up to "
+            f"{max(longer):f} s"
+        )
+
     @property
     def camera(self) -> str:
         return self.video_key or self.dataset.image_keys[0]
@@ -373,7 +414,7 @@ class Interviewer:
         """The annotation from the interviews, by head. Raises AnnotationError where it is not valid."""
         heads = {h: held[h].segments if h in held else whole_episode(episode) for h in self.vocabulary}
         sparse, dense = heads.get("sparse"), heads.get("dense")
-        provenance = self.provenance(episode, held)
+        provenance = self.provenance(episode, held) | {"content": self.video_identity(episode)}
         found = Annotation(episode.index, episode.length, self.name, sparse, dense, provenance=provenance)
         validate(found, self.vocabulary, episode.length)
         return found

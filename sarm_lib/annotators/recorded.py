@@ -44,8 +44,9 @@ class RecordedAnnotator:
             found = {s.subtask for segments in read for s in segments}
             if not self.labels[head]:
                 raise AnnotationError(
-                    f"annotate.annotator dataset: it carries no {head} labels (looked for {head}_subtask_names in "
-                    f"meta/episodes, {LANGUAGE} and {INDEX} in the data)"
+                    f"annotate.annotator dataset: it carries no {head} labels (looked for {head}_subtask_names in meta/episodes with "
+                    f"{head}_subtask_start_frames and _end_frames, or _start_times and _end_times, beside them; for {LANGUAGE} and "
+                    f"{INDEX} in the data)"
                 )
             if found and not found & set(names):
                 raise AnnotationError(

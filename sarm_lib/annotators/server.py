@@ -12,6 +12,7 @@ import base64
 import os
 import queue
 import reprlib
+import textwrap
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -31,6 +32,7 @@ PASSING = (408, 409, 429)  # answers of a server that another try may change; al
 LONGEST_PAUSE = 120.0  # seconds
 FIRST_WORD = 30.0  # seconds, in which a server says which models it has
 JPEG_BYTES = 0.35 * 4 / 3  # of a pixel, as base64
+WORDS = 300  # letters of an error that are shown
 DECODED = 4  # episodes at once, whose raw frames are in memory
 
 
@@ -62,6 +64,7 @@ class ServerAnnotator(Interviewer):
             f"Estimate for {self.model}: {heads * len(episodes):,} requests or more, {self.in_flight} at once, with "
             f"{heads * sum(pictures):,} pictures in all: about {heads * sum(pictures) * size:,.1f} MB to send, up to "
             f"{widest * size:.1f} MB a request and {held:,.0f} MB of memory; the time depends on the server"
+            f"{self.coarse(episodes)}"
         )
 
     def annotate(self, episodes: Sequence[Episode]) -> Iterator[Annotation | Failure]:
@@ -143,12 +146,12 @@ class ServerAnnotator(Interviewer):
 
         if isinstance(error, openai.APIConnectionError):
             return AnnotationError(
-                f"no server answers at {self.url} ({error}). Start one, for example with `vllm serve {self.model} "
+                f"no server answers at {self.url} ({_told(error)}). Start one, for example with `vllm serve {self.model} "
                 f"--limit-mm-per-prompt.image {self.max_frames}`, and name it in annotate.server_url. Finished episodes are saved."
             )
         if isinstance(error, openai.OpenAIError):
             return AnnotationError(
-                f"the server at {self.url} refuses: {error} (is OPENAI_API_KEY right, and /v1 in the URL?)"
+                f"the server at {self.url} refuses: {_told(error)} (is OPENAI_API_KEY right, and /v1 in the URL?)"
             )
         if isinstance(error, _NoReply):
             return AnnotationError(
@@ -180,8 +183,10 @@ class ServerAnnotator(Interviewer):
             if not self.heard:
                 raise
             reason = str(error)
+        except _Trouble as error:
+            reason = str(error)
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
+            reason = f"{type(error).__name__}: {_told(error)}"
         return Failure(episode.index, readable(reason), self.provenance(episode, held))
 
     async def _hold(self, client, interview: Interview, pictures: list[str]) -> None:
@@ -217,7 +222,7 @@ class ServerAnnotator(Interviewer):
             if isinstance(error, _NoReply):  # a gateway's page, say, unless this is no such server at all
                 return self.heard
             status = getattr(error, "status_code", 0)
-            return isinstance(error, openai.APIConnectionError) or status in PASSING or status >= 500
+            return isinstance(error, openai.APIConnectionError | _Trouble) or status in PASSING or status >= 500
 
         def enough(state: tenacity.RetryCallState) -> bool:
             nonlocal timeouts
@@ -234,6 +239,10 @@ class ServerAnnotator(Interviewer):
                 raise _NoReply(f"its answer is no JSON ({error})") from None
             if not hasattr(reply, "choices"):
                 raise _NoReply(f"its answer is {reprlib.repr(reply)}")
+            if not reply.choices and (
+                trouble := getattr(reply, "error", None)
+            ):  # of a gateway, under the status of success
+                raise _Trouble(f"the server answers with an error: {textwrap.shorten(str(trouble), WORDS)}")
             return reply
 
         reply = await sent()
@@ -261,6 +270,22 @@ class ServerAnnotator(Interviewer):
 
 class _NoReply(Exception):
     """What came is none of the API's objects."""
+
+
+class _Trouble(Exception):
+    """An answer that says that there is none; another try may change that."""
+
+
+def _told(error: Exception) -> str:
+    """An error in the server's own words too, which openai's leave out, or with what lies beneath it."""
+    import openai
+
+    text, more = str(error), ""
+    if isinstance(error, openai.APIStatusError):
+        more = error.response.text.strip()
+    elif isinstance(error, openai.APIConnectionError) and error.__cause__:
+        more = f"{type(error.__cause__).__name__}: {error.__cause__}"
+    return text if not more or more in text else f"{text}: {textwrap.shorten(more, WORDS)}"
 
 
 class _Pace:

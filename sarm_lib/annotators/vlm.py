@@ -5,6 +5,7 @@ answers and draws from a random stream of its own for each question, so that an 
 rounding. Nothing is loaded, and neither transformers nor xgrammar imported, before an episode is asked about.
 """
 
+import gc
 import itertools
 import logging
 import multiprocessing
@@ -27,6 +28,7 @@ from sarm_lib.dataset import Episode
 
 log = logging.getLogger("sarm")
 DEFAULT_MODEL = "Qwen/Qwen3-VL-30B-A3B-Instruct"
+FAMILY = ("qwen3_vl", "qwen3_vl_moe")  # others are told the times of frames otherwise
 GRAMMAR_CACHE = 500_000_000  # bytes; the grammar of a long episode takes ten million
 
 
@@ -46,15 +48,24 @@ class VlmAnnotator(Interviewer):
 
     def annotate(self, episodes: Sequence[Episode]) -> Iterator[Annotation | Failure]:
         """Yield one result an episode, after each batch. Raises AnnotationError where the model cannot be loaded or a
-        worker died."""
+        worker died. The model is there as long as this lasts: another annotator may need its place."""
         batches = list(itertools.batched(episodes, self.batch_size))
         if self.asked and self.num_workers > 1 and len(batches) > 1:
             yield from _in_workers(self, batches)
             return
-        if self.asked and batches:
+        try:
+            for batch in batches:
+                yield from self.annotate_batch(batch)
+        finally:
+            if self.__dict__.pop("_loaded", None):
+                gc.collect()  # a model refers to itself
+                torch.cuda.empty_cache()  # nothing where there is no GPU
+
+    def annotate_batch(self, episodes: Sequence[Episode]) -> list[Annotation | Failure]:
+        """One batch, with the model kept for the next one. Raises AnnotationError where it cannot be loaded."""
+        if self.asked:
             self._loaded  # noqa: B018 -- a model that cannot be loaded fails once, not once an episode
-        for batch in batches:
-            yield from self._annotate(batch)
+        return self._annotate(episodes)
 
     def _annotate(self, episodes: Sequence[Episode]) -> list[Annotation | Failure]:
         """One batch. Where it fails as a whole, each episode alone; what fails then is a Failure."""
@@ -65,7 +76,7 @@ class VlmAnnotator(Interviewer):
             log.debug("%d episodes", len(episodes), exc_info=True)
             reason = f"{type(error).__name__}: {error}"
         # Only here, as the traceback holds on to the tensors of the batch: where memory was short, it would stay so.
-        torch.cuda.empty_cache()  # nothing where there is no GPU
+        torch.cuda.empty_cache()
         if len(episodes) > 1:
             log.warning("a batch of %d episodes failed, asking one at a time: %s", len(episodes), reason)
             return [result for episode in episodes for result in self._annotate([episode])]
@@ -134,14 +145,15 @@ class _Model:
 
         device = _device(device)
         several = device == "cuda" and torch.cuda.device_count() > 1
+        _config(path)
         log.info("loading %s on %s", model_name(path), "all GPUs" if several else device)
         self.processor = _processor(path)
         try:
             self.model = AutoModelForImageTextToText.from_pretrained(
                 path, dtype=_dtype(device), device_map="auto" if several else {"": device}
             ).eval()
-        except (OSError, ValueError) as error:
-            raise AnnotationError(f"cannot load the model {path}: {error}") from error
+        except Exception as error:  # half a download, too little memory...: each library has errors of its own
+            raise AnnotationError(f"annotate.model: cannot load {path}: {type(error).__name__}: {error}") from error
         tokenizer = self.processor.tokenizer
         tokenizer.padding_side = "left"
         # The checkpoint's own settings (top-k, repetition penalty) would bend what the grammar and the seed decide.
@@ -216,13 +228,33 @@ class _Draw:
         return scores.float() / self.temperature - torch.log(-torch.log(uniform)).float().to(scores.device)
 
 
+def _config(path: str):
+    """The model's configuration. Raises AnnotationError where it cannot be read or is no Qwen3-VL's."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise AnnotationError(f"annotate.model: cannot read the configuration of {path}: {error}") from error
+    if config.model_type not in FAMILY:
+        raise AnnotationError(
+            f"annotate.model: {path} is a {config.model_type}, and `vlm` asks a Qwen3-VL, of any size. For another model serve it "
+            "(annotate.annotator: server)"
+        )
+    return config
+
+
 def _processor(path: str):
+    """Raises AnnotationError where there is none, or none that can ask."""
     from transformers import AutoProcessor
 
     try:
-        return AutoProcessor.from_pretrained(path)
+        processor = AutoProcessor.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise AnnotationError(f"cannot load the processor of {path}: {error}") from error
+        raise AnnotationError(f"annotate.model: cannot load the processor of {path}: {error}") from error
+    if not processor.chat_template:
+        raise AnnotationError(f"annotate.model: the processor of {path} has no chat template (chat_template.json)")
+    return processor
 
 
 def _device(device: str) -> str:
@@ -240,7 +272,9 @@ def _in_workers(annotator: VlmAnnotator, batches: list[Sequence[Episode]]) -> It
     """Deal batches out to processes, the next to whoever is free, and yield results as they come."""
     count, device = min(annotator.num_workers, len(batches)), _device(annotator.device)
     if device == "cuda" and count > torch.cuda.device_count():
-        raise AnnotationError(f"{count} workers need a GPU each, and there are {torch.cuda.device_count()}")
+        raise AnnotationError(
+            f"annotate.num_workers: {count} workers need a GPU each, and there are {torch.cuda.device_count()}"
+        )
     context, todo = multiprocessing.get_context("spawn"), iter(batches)  # a fork would inherit threads and CUDA
     workers: dict[Connection, multiprocessing.process.BaseProcess] = {}
     try:
@@ -282,13 +316,15 @@ def _work(connection: Connection, annotator: VlmAnnotator, count: int) -> None:
         torch.set_num_threads(max(1, torch.get_num_threads() // count))
     try:
         while (batch := connection.recv()) is not None:
-            for result in annotator.annotate(batch):
+            for result in annotator.annotate_batch(batch):
                 connection.send(result)
             connection.send(None)
     except (EOFError, BrokenPipeError):  # the parent is gone
         return
     except AnnotationError as error:
         connection.send(error)
+    except Exception as error:
+        connection.send(AnnotationError(f"a worker failed: {type(error).__name__}: {error}"))
 
 
 # --- the estimate ---------------------------------------------------------------------------------------------------
@@ -296,7 +332,10 @@ def _work(connection: Connection, annotator: VlmAnnotator, count: int) -> None:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What annotating will need, roughly: memory of one worker in GiB, time of all workers together in seconds."""
+    """What annotating will need, roughly: memory of one worker in GiB, time of all workers together in seconds.
+
+    room_gib: what a worker finds free here. coarse: what is to be said of long episodes.
+    """
 
     model: str
     device: str
@@ -308,6 +347,8 @@ class Estimate:
     cache_gib: float  # keys and values of a batch
     working_gib: float
     seconds: float
+    room_gib: float
+    coarse: str = ""
 
     @property
     def memory_gib(self) -> float:
@@ -315,27 +356,29 @@ class Estimate:
 
     def __str__(self) -> str:
         time = f"{self.seconds / 60:.0f} min" if self.seconds > 90 else f"{self.seconds:.0f} s"
+        small = (
+            ""
+            if self.memory_gib < self.room_gib
+            else (
+                f". THAT IS MORE than the {self.room_gib:.1f} GiB that a worker finds free here: take a smaller annotate.model, fewer "
+                "annotate.num_workers or a smaller annotate.batch_size"
+            )
+        )
         return (
             f"Estimate for {self.model} on {self.device}: about {self.memory_gib:.1f} GiB a worker "
             f"({self.weights_gib:.1f} weights, {self.cache_gib:.1f} cache, {self.working_gib:.1f} work) and {time} "
             f"for {self.questions} questions of up to {self.tokens:,} tokens "
-            f"({self.parameters / 1e9:.1f} B parameters, {self.active_parameters / 1e9:.1f} B active)"
+            f"({self.parameters / 1e9:.1f} B parameters, {self.active_parameters / 1e9:.1f} B active){small}{self.coarse}"
         )
 
 
 def estimate(annotator: VlmAnnotator, episodes: Sequence[Episode]) -> Estimate:
     """Count parameters on the meta device and tokens as the processor does; time by how fast this machine multiplies."""
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoModelForImageTextToText
 
-    device = _device(annotator.device)
-    processor = _processor(annotator.model)
-    try:
-        config = AutoConfig.from_pretrained(annotator.model)
-        with torch.device("meta"):
-            model = AutoModelForImageTextToText.from_config(config, dtype=_dtype(device))
-    except (OSError, ValueError) as error:
-        what = str(error).splitlines()[0]
-        raise AnnotationError(f"annotate.model: {annotator.model} is no vision-language model: {what}") from error
+    device, config, processor = _device(annotator.device), _config(annotator.model), _processor(annotator.model)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config, dtype=_dtype(device))
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     text = config.text_config
     experts = sum(size for name, size in sizes.items() if ".experts." in name)
@@ -380,7 +423,20 @@ def estimate(annotator: VlmAnnotator, episodes: Sequence[Episode]) -> Estimate:
         cache_gib=annotator.batch_size * longest * per_token / gib,
         working_gib=work / gib,
         seconds=seconds / max(1, annotator.num_workers),
+        room_gib=_room(device, annotator.num_workers) / gib,
+        coarse=annotator.coarse(episodes),
     )
+
+
+def _room(device: str, workers: int) -> float:
+    """Bytes that each of `workers` finds free: of its GPU, of all of them where one worker has several, or of the memory."""
+    if not device.startswith("cuda"):
+        import psutil
+
+        return psutil.virtual_memory().available / workers
+    gpus = range(torch.cuda.device_count() if device == "cuda" else 1)
+    free = [torch.cuda.mem_get_info(gpu if device == "cuda" else device)[0] for gpu in gpus]
+    return sum(free) if workers == 1 else min(free)
 
 
 def _patches(annotator: VlmAnnotator, processor, episode: Episode) -> int:

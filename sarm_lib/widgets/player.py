@@ -90,6 +90,9 @@ class Player(anywidget.AnyWidget):
                 getattr(self, command)(**arguments)
         except (ValueError, OSError) as error:
             self.error = str(error)
+        except Exception as error:  # else nobody would see that nothing was done
+            log.exception("%s", command)
+            self.error = f"{command} was not done: {type(error).__name__}: {error}"
 
     def send_frame(self, episode: int, frame: int) -> None:
         """Send one frame, a JPEG a camera; nothing of a camera that cannot be read, and why."""

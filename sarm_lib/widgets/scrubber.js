@@ -157,7 +157,9 @@ function render({ model, el }) {
     root.dataset.state = states[get("episode")] ?? "";
   }
 
-  const sign = () => (why.value = get("why"));
+  const typed = new Map(); // reasons that were not saved, by episode: they wait for the person to come back
+  why.addEventListener("input", () => typed.set(get("episode"), why.value));
+  const sign = () => (why.value = typed.get(get("episode")) ?? get("why"));
 
   // --- keys ---------------------------------------------------------------------------------------------------------
 

@@ -320,26 +320,31 @@ class Scrubber(Player):
         if self.episode not in self._verdicts:
             raise AnnotationError(f"{self._path.name} says nothing about episode {self.episode}")
         kind = "corrections" if self.mode == "verify" else "marks"
+        rejected = self._verdicts[self.episode][0] == "rejected"
         stays = files.withdraw(self._path, kind, self._dataset, self.episode, self._asked)
         del self._verdicts[self.episode]
         self._saved[self.episode] = self._history[self.episode][0]
-        self.why, self.status = "", f"episode {self.episode}: taken out of {self._path.name}"
+        status = f"episode {self.episode}: taken out of {self._path.name}"
         if stays:
-            self.status += "; what it says of heads that this annotation mode does not ask about stays"
+            self._read_file(self.episode)
+            others = "; what it says of heads that this annotation mode does not ask about stays"
+            status = f"episode {self.episode}: no longer rejected; its fix holds again" if rejected else status + others
+        self.why, self.status = self._verdicts.get(self.episode, ("", "", ""))[1], status
         self._publish()
 
     # --- state --------------------------------------------------------------------------------------------------------
 
-    def _read_file(self) -> None:
-        """What the file says already: verdicts, and segments that a person has saved."""
+    def _read_file(self, only: int | None = None) -> None:
+        """What the file says already, of one episode or all: verdicts, and segments that a person has saved."""
+        episodes = self._episodes if only is None else {only}
         if self.mode == "mark":
             for mark in files.read_marks(self._path, self._dataset, self._vocabulary):
-                if mark.episode in self._episodes:
+                if mark.episode in episodes:
                     self._start(mark.episode)
                     self._save({head: mark.head(head) for head in self._vocabulary}, mark.episode)
                     self._verdicts[mark.episode] = ("marked", mark.provenance["why"], "")
             for episode, said in files.unfinished(self._path, self._dataset, self._vocabulary).items():
-                if episode in self._episodes:
+                if episode in episodes:
                     self._start(episode)
                     self._history[episode].append(
                         self._history[episode][0] | {h: said[h] for h in self._vocabulary if h in said}
@@ -351,7 +356,7 @@ class Scrubber(Player):
         found = files.read_corrections(self._path, self._dataset)
         outcomes = files.apply(list(self._annotations.values()), found, self._dataset, self._vocabulary).outcomes
         for correction, outcome in zip(found, outcomes, strict=True):
-            if correction.episode not in self._episodes:
+            if correction.episode not in episodes:
                 continue
             self._start(correction.episode)
             base = self._history[correction.episode][0]
