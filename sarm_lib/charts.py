@@ -469,21 +469,45 @@ def annotated_episode(
 ) -> Image.Image:
     """What an annotation claims: `images` (n, H, W, 3) of equal stretches of an episode over a bar a head.
 
-    Picture i was taken in the middle of the i-th of n equal stretches (`middles`), and stands over it.
+    Picture i was taken in the middle of the i-th of n equal stretches (`middles`), and stands over it. Names that fit into
+    none of their segments stand below, with their colour.
     segments: head: rows of (subtask, first frame, last frame).
     """
     left, width, bar, n = 64, 1280, 30, len(images)
     tile = (width - left) // n
     width, height = left + n * tile, round(tile * images.shape[1] / images.shape[2])
     top, font = 30, ImageFont.load_default(size=15)
-    page = Image.new("RGB", (width, top + height + 8 + len(segments) * (bar + 6) + 46), "white")
+
+    def x_of(frame: float) -> float:
+        return left + frame / length * n * tile
+
+    def colour_of(head: str, subtask: str) -> str:
+        known = subtask in names[head]  # a correction may name what the vocabulary has no more
+        return STAGE_COLOURS[names[head].index(subtask) % len(STAGE_COLOURS)] if known else "#777777"
+
+    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    fitting = {
+        (head, row): _fitting(row[0], measure, font, x_of(row[2] + 1) - x_of(row[1]) - 8)
+        for head, rows in segments.items()
+        for row in map(tuple, rows)
+    }
+    whole = {(head, row[0]) for (head, row), text in fitting.items() if text == row[0]}
+    legend, lines = {}, []  # where the other names stand below, and whose line is which
+    for head in segments:
+        x = width
+        for subtask in dict.fromkeys(row[0] for row in segments[head] if (head, row[0]) not in whole):
+            wide = 34 + measure.textlength(subtask, font)
+            if x + wide > width:
+                x = left
+                lines.append(head)
+            legend[head, subtask] = x, len(lines) - 1
+            x += wide
+    axis = top + height + 8 + len(segments) * (bar + 6) + 46
+    page = Image.new("RGB", (width, axis + 22 * len(lines)), "white")
     draw = ImageDraw.Draw(page)
     draw.text((4, 5), title, fill="black", font=ImageFont.load_default(size=18))
     for i, image in enumerate(images):
         page.paste(Image.fromarray(image).resize((tile - 2, height), Image.Resampling.LANCZOS), (left + i * tile, top))
-
-    def x_of(frame: float) -> float:
-        return left + frame / length * n * tile
 
     def cut(x: float, y0: float, y1: float) -> None:
         """A boundary: black between white, for white alone is the gap between two pictures."""
@@ -495,22 +519,25 @@ def annotated_episode(
         draw.text((4, y + 6), head, fill="black", font=font)
         draw.rectangle((left, y, width - 1, y + bar), fill="#DDDDDD")  # seen where no segment is
         for subtask, start, end in rows:
-            known = subtask in names[head]  # a correction may name what the vocabulary has no more
-            colour = STAGE_COLOURS[names[head].index(subtask) % len(STAGE_COLOURS)] if known else "#777777"
-            x0, x1 = x_of(start), x_of(end + 1)
+            colour, x0, x1 = colour_of(head, subtask), x_of(start), x_of(end + 1)
             draw.rectangle((x0, y, max(x0, x1 - 1), y + bar), fill=colour)  # a short one of a long episode: a line
             if start:
                 cut(x0, y, y + bar)
             if start and head == list(segments)[-1]:  # its boundaries also cut the pictures
                 cut(x0, top, top + height)
-            text = _fitting(subtask, draw, font, x1 - x0 - 8)
-            draw.text((x0 + 5, y + 6), text, fill=_readable_on(colour), font=font)
+            draw.text((x0 + 5, y + 6), fitting[head, (subtask, start, end)], fill=_readable_on(colour), font=font)
         y += bar + 6
     step = next(s for s in (0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 300, 900, 3600) if length / fps / s <= 14)
     for i in range(int(length / fps / step) + 1):
         x = x_of(i * step * fps)
         draw.line((x, y, x, y + 5), fill="#888888")
         draw.text((min(x, width - 50), y + 6), f"{i * step:g} s", fill="#444444", font=font)
+    for line, head in enumerate(lines):
+        draw.text((4, axis + 22 * line), head, fill="black", font=font)
+    for (head, subtask), (x, line) in legend.items():
+        y = axis + 22 * line
+        draw.rectangle((x, y + 2, x + 14, y + 16), fill=colour_of(head, subtask))
+        draw.text((x + 19, y), subtask, fill="black", font=font)
     return page
 
 

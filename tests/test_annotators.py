@@ -164,6 +164,68 @@ def test_an_opinion_that_cannot_be_loaded_stops_nothing():
     assert annotators.estimate(opinion, [None]) == "nothing: the model is gated"
 
 
+def test_an_opinion_may_fail_in_any_way(demos, tmp_path):
+    """What a library raises for half a download or too little memory is its own."""
+
+    class Breaks(Scripted):
+        def estimate(self, episodes):
+            raise AttributeError("no such attribute")
+
+        def annotate(self, episodes):
+            yield from super().annotate(episodes[:2])
+            raise MemoryError("too little")
+
+    opinion = annotators.Opinion("other", lambda: Breaks({}))
+    assert annotators.estimate(opinion, [None]) == "nothing: AttributeError: no such attribute"
+    done, failures = annotators.run(opinion, demos, SPARSE, tmp_path)
+    assert [a.episode for a in done] == [0, 1] and {f.reason for f in failures} == {"MemoryError: too little"}
+
+    def cannot_be_made():
+        raise ImportError("no module")
+
+    opinion = annotators.Opinion("other", cannot_be_made)
+    done, failures = annotators.run(opinion, demos, SPARSE, tmp_path / "none")
+    assert not done and {f.reason for f in failures} == {"ImportError: no module"} and len(failures) == 8
+
+
+def test_the_parameters_reach_the_model_that_is_asked(in_project):
+    config, demos = in_project
+    options = {
+        "annotator": "vlm",
+        "model": "user/name",
+        "visualize_only": False,
+        "frames_per_second": 3.0,
+        "max_frames": 17,
+        "time_resolution": 0.2,
+        "temperature": 0.3,
+        "max_attempts": 7,
+        "batch_size": 5,
+        "num_workers": 2,
+        "video_key": demos.camera_keys[-1],
+        "server_url": "http://there:1/v1",
+        "requests_in_flight": 9,
+        "server_timeout": 11.0,
+        "server_grammar": True,
+    }
+    config = config.model_copy(update={"annotate": config.annotate.model_copy(update=options)})
+    here, there = (annotators.from_params(config, demos, name=name, seed=23) for name in ("vlm", "server"))
+    renamed = {"time_resolution": "resolution"}
+    both = ("model", "frames_per_second", "max_frames", "time_resolution", "temperature", "max_attempts", "video_key")
+    for asked in (here, there):
+        assert {key: getattr(asked, renamed.get(key, key)) for key in both} == {key: options[key] for key in both}
+        assert asked.seed == 23 and asked.vocabulary == annotations.vocabulary(config)
+    assert (here.batch_size, here.num_workers) == (5, 2)
+    assert (there.url, there.in_flight, there.timeout, there.use_grammar) == ("http://there:1/v1", 9, 11.0, True)
+
+
+def test_the_demo_s_annotator_is_the_one_that_marked_validation_episodes_prefer():
+    who = yaml.safe_load((ROOT / "params.yaml").read_text())["annotate"]["annotator"]
+    agreed = json.loads((ROOT / "outputs/metrics/annotate.json").read_text())["agreement_with_marks"]
+    for head, by_whom in agreed.items():
+        shares = {name: by_whom[name]["frame_agreement"] for name in ("keyframes", "propagate")}
+        assert shares[who] == max(shares.values()), head
+
+
 def test_a_model_s_folder_is_found_from_the_notebooks_folder(in_project, monkeypatch):
     from sarm_lib.annotators import vlm
 

@@ -138,3 +138,18 @@ def test_a_segment_of_two_frames_is_drawn_in_an_episode_of_any_length(length):
         np.zeros((10, 8, 8, 3), np.uint8), {"dense": rows}, {"dense": ["a", "b"]}, length, 30, ""
     )
     assert page.width > 1000
+
+
+def test_names_that_fit_nowhere_stand_below_the_picture():
+    images, names = (
+        np.zeros((10, 8, 8, 3), np.uint8),
+        {"sparse": ["all of it"], "dense": ["reach the handle", "grasp it"]},
+    )
+
+    def height(dense: list) -> int:
+        rows = {"sparse": [("all of it", 0, 99)], "dense": dense}
+        return charts.annotated_episode(images, rows, names, 100, 30, "").height
+
+    fits = height([("reach the handle", 0, 49), ("grasp it", 50, 99)])
+    assert height([("reach the handle", 0, 49), ("grasp it", 50, 96), ("reach the handle", 97, 99)]) == fits
+    assert height([("reach the handle", 0, 3), ("grasp it", 4, 99)]) > fits

@@ -188,6 +188,39 @@ def test_who_marks_every_episode_is_offered_every_episode(tmp_path, project):
     assert [episode.index for episode in found["test"]] == [test.index]
 
 
+def test_a_vision_language_model_annotates_in_the_notebook_and_makes_room_for_its_other_seed(
+    tmp_path, project, monkeypatch
+):
+    import weakref
+
+    import yaml
+
+    from sarm_lib.annotators import vlm
+    from tests.tiny_vlm import make_vlm
+
+    loaded, init = [], vlm._Model.__init__
+
+    def counted(self, *args):
+        assert not [model for model in loaded if model() is not None], "two models at once"
+        loaded.append(weakref.ref(self))
+        init(self, *args)
+
+    monkeypatch.setattr(vlm._Model, "__init__", counted)
+    copy = shutil.copytree(project, tmp_path / "p", symlinks=True)
+    make_vlm(copy / "model")
+    values = yaml.safe_load((copy / "params.yaml").read_text())
+    asked = {"annotator": "vlm", "model": "model", "temperature": 1.0, "repeats": 1, "frames_per_second": 1.0}
+    values["annotate"] |= asked | {"batch_size": 8, "max_attempts": 5, "allow_failed": True}
+    (copy / "params.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    found = run_notebook(copy, "01_annotate")
+    assert {a.annotator for a in found["annotated"]} == {"vlm"} and len(loaded) == 2
+    other = found["opinions"][f"vlm-seed-{found['config'].base.seed + 1}"]
+    assert {a.episode for a in other} == {a.episode for a in found["annotated"]} != set()
+    assert run_notebook(copy, "01_annotate")["annotated"] == found["annotated"] and len(loaded) == 2, (
+        "nobody is asked again"
+    )
+
+
 @pytest.mark.parametrize("mode", ["single_stage", "dense_only"])
 def test_the_chain_runs_in_every_annotation_mode(tmp_path, tiny, tiny_encoder, mode):
     from sarm_lib.artifacts import read_json

@@ -145,6 +145,12 @@ def test_a_boundary_dragged_with_the_mouse(page, scrubber, path, lab):
     page.locator(".sarm-scrubber[data-state='edited']").wait_for()
     assert "grasp: frames 5 to 14" in scrubber.locator(".segment").nth(2).get_attribute("title")
     scrubber.locator(".why").fill("axd")  # letters in the field are no commands
+    scrubber.locator("select").select_option("0")
+    page.locator(".sarm-scrubber[data-episode='0']").wait_for()
+    assert scrubber.locator(".why").input_value() == ""
+    scrubber.locator("select").select_option("3")  # what was typed and not saved waits, as the edits do
+    page.locator(".sarm-scrubber[data-episode='3']").wait_for()
+    assert scrubber.locator(".why").input_value() == "axd"
     scrubber.get_by_role("button", name="save fix").click()
     says(scrubber, "fixed, written")
     (correction,) = saved(lab, path)

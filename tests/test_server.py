@@ -289,6 +289,36 @@ def test_a_gateway_s_page_in_between_is_waited_for(page):
         assert [type(result) for result in results] == [Failure] * 3 and "its answer is" in results[0].reason
 
 
+def test_an_error_under_the_status_of_success_is_waited_for_and_told():
+    dataset, names = Clips([20] * 2), {"sparse": VOCABULARY["sparse"]}
+    with odd_server(completion(Crowded.answer)) as (server, address):
+        server.instead = {1: b'{"error": {"message": "overloaded"}}'}
+        asked = ask_server(address, dataset, vocabulary=names, in_flight=1)
+        results = list(asked.annotate(dataset.episodes))
+        assert [type(result) for result in results] == [Annotation] * 2 and len(server.arrivals) == 3
+        server.instead = dict.fromkeys(range(4, 20), server.instead[1])
+        asked.max_retries = 1
+        failure, _ = asked.annotate(dataset.episodes)
+        assert "answers with an error: {'message': 'overloaded'}" in failure.reason
+
+
+def test_a_server_s_own_words_are_told():
+    import httpx
+    import openai
+
+    from sarm_lib.annotators.server import _told
+
+    for body, words in (
+        ('{"detail": "image too large"}', "image too large"),
+        ('{"error": "no such format"}', "no such format"),
+    ):
+        response = httpx.Response(400, text=body, request=httpx.Request("POST", "http://there/v1"))
+        assert words in _told(openai.BadRequestError("Error code: 400", response=response, body=None))
+    lost = openai.APIConnectionError(request=httpx.Request("POST", "http://there/v1"))
+    lost.__cause__ = httpx.UnsupportedProtocol("Request URL is missing an 'http://'")
+    assert "missing an 'http://'" in _told(lost) and _told(ValueError("plain")) == "plain"
+
+
 @pytest.mark.parametrize("message", [None, {"content": ["parts"]}, {}])
 def test_an_answer_without_a_text_is_no_valid_one(message):
     dataset, names = Clips([20]), {"sparse": VOCABULARY["sparse"]}

@@ -8,6 +8,7 @@ import shutil
 import time
 import weakref
 from collections import Counter
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from random import Random
@@ -17,7 +18,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from sarm_lib import annotations
+from sarm_lib import annotations, annotators
 from sarm_lib.annotations import Annotation, AnnotationError
 from sarm_lib.annotators import Failure, question
 from sarm_lib.annotators.vlm import VlmAnnotator, _files
@@ -59,6 +60,23 @@ def test_a_short_episode_is_asked_finely_and_a_long_one_within_a_second():
         assert steps.size == Decimal(size)
         assert len(steps.texts) <= question.MAX_STEPS and steps.max_segments <= question.MAX_SEGMENTS
         assert float(steps.texts[-1]) == pytest.approx(seconds - steps.gap * float(steps.size))
+
+
+def test_steps_that_are_coarser_than_wanted_are_told_with_the_estimate(vlm):
+    dataset = Clips([100, 20_000], fps=10)
+    asked = ask_here(vlm, dataset)
+    assert asked.coarse(dataset.episodes[:1]) == ""
+    assert "1 of the episodes: more than 1500 steps" in asked.coarse(dataset.episodes)
+    assert str(asked.estimate(dataset.episodes)).endswith("steps of up to 2 s")
+
+
+@pytest.mark.parametrize(
+    "wrapped", ["```json\n{}\n```", "```\n{}```", "<think>Let me see: {{}}</think>\n\n{}", " {}\n"]
+)
+def test_an_answer_is_found_in_what_a_model_writes_around_it(wrapped):
+    answer = json.dumps({"segments": [{"start": 0.0, "subtask": NAMES[0]}]})
+    (segment,) = question.parse(wrapped.format(answer), NAMES, 20, 10)
+    assert (segment.subtask, segment.start, segment.end) == (NAMES[0], 0, 19)
 
 
 def valid(text: str, length: int, fps: float) -> bool:
@@ -417,6 +435,47 @@ def test_a_model_that_is_not_there_is_one_clear_error(tmp_path):
     dataset = Clips([20, 30])
     with pytest.raises(AnnotationError, match="cannot read the configuration of"):
         list(ask_here(tmp_path / "nothing", dataset).annotate(dataset.episodes))
+
+
+def test_a_model_of_another_family_is_called_that(tmp_path):
+    dataset = Clips([20])
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2_5_vl"}))
+    asked = ask_here(tmp_path, dataset)
+    for ask in (lambda: asked.estimate(dataset.episodes), lambda: list(asked.annotate(dataset.episodes))):
+        with pytest.raises(AnnotationError, match=r"annotate.model: .* is a qwen2_5_vl, and `vlm` asks a Qwen3-VL"):
+            ask()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_half_a_download_is_called_that_by_whoever_loads_it(vlm, tmp_path, workers):
+    half = shutil.copytree(vlm, tmp_path / "half")
+    (weights,) = half.glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:1000])
+    dataset = Clips([20, 30, 14])
+    with pytest.raises(AnnotationError, match=r"annotate.model: cannot load .*: SafetensorError: "):
+        list(ask_here(half, dataset, num_workers=workers, batch_size=1).annotate(dataset.episodes))
+
+
+def test_answers_outlive_the_dataset_s_growth_and_a_changed_video_does_not(vlm, tmp_path):
+    def left(lengths: list[int], name: str) -> list[int]:
+        dataset = Clips(lengths, root=tmp_path / name)
+        dataset.fingerprint = name
+        asked = ask_here(vlm, dataset)
+        waiting = annotators.waiting(asked, dataset, VOCABULARY, tmp_path / "work")
+        _, failures = annotators.run(asked, dataset, VOCABULARY, tmp_path / "work")
+        assert not failures and not annotators.waiting(asked, dataset, VOCABULARY, tmp_path / "work")
+        return [episode.index for episode in waiting]
+
+    assert left([20, 14], "small") == [0, 1]
+    assert left([20, 14, 16], "grown") == [2]
+    assert left([20, 15, 16], "another take") == [1]
+
+
+def test_what_does_not_fit_this_machine_is_said_before_it_is_loaded(vlm):
+    dataset = Clips(LENGTHS)
+    needs = ask_here(vlm, dataset).estimate(dataset.episodes)
+    assert needs.room_gib > needs.memory_gib and "THAT IS MORE" not in str(needs)
+    assert "THAT IS MORE than the 0.0 GiB" in str(replace(needs, room_gib=0.0))
 
 
 def test_the_estimate_reads_no_weights(vlm, tmp_path):

@@ -378,8 +378,8 @@ class Interviewer:
         if not longer:
             return ""
         return (
-            f". {len(longer)} episodes have more than {MAX_STEPS} steps of annotate.time_resolution: they are asked in steps of up to "
-            f"{max(longer):f} s"
+            f". {len(longer)} of the episodes: more than {MAX_STEPS} steps of annotate.time_resolution, so that they are asked in "
+            f"steps of up to {max(longer):f} s"
         )
 
     @property
