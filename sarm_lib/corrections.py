@@ -568,13 +568,14 @@ def withdraw(path: Path, kind: Kind, dataset: Dataset, episode: int, heads: Coll
     """Take what the file says of these heads of an episode out of it: the whole entry, unless it has segments of others; of
     a rejection, the rejection alone. Returns whether something of the episode stays."""
     before, entry = _entry(path, kind, dataset, episode), None
-    if kind == "corrections" and before and before.verdict == "reject":
-        heads = ()  # a fix before it holds again
+    rejected = kind == "corrections" and before and before.verdict == "reject"
+    heads = () if rejected else heads  # a fix before it holds again
     if before and (kept := _of_others(before.segments, heads)):
         entry = {"episode": episode} | ({"verdict": "fix"} if kind == "corrections" else {}) | _rows(kept)
         if kind == "corrections" and before.was and (seen := _of_others(before.was.segments, heads)):
             entry["was"] = _rows(seen)
-        entry |= _signature(before.who, before.when, before.why)
+        # The rejection's reason is none for the fix, which whoever withdraws it says to be right.
+        entry |= _signature(_who(), _now(), "") if rejected else _signature(before.who, before.when, before.why)
     _put(path, kind, dataset, episode, entry)
     return entry is not None
 

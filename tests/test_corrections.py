@@ -278,6 +278,7 @@ def test_a_rejection_keeps_the_fix_before_it_and_gives_it_back(demos, tmp_path):
         assert corrections.withdraw(path, "corrections", demos, 6, heads)
         (again,) = corrections.read_corrections(path, demos)
         assert (again.verdict, again.segments, again.was) == ("fix", fixed.segments, fixed.was)
+        assert again.why == "", "the rejection's reason is none for the fix"
     corrections.record_correction(path, demos, corrections.of_now(raw, "reject"))
     corrections.record_correction(path, demos, corrections.of_now(raw, "accept"))
     (accepted,) = corrections.read_corrections(path, demos)

@@ -319,6 +319,50 @@ def test_withdrawing_a_fix_keeps_its_segments_as_a_draft(view, scrubber):
     assert scrubber.states == {"3": "edited"} and view.dense[0] == ["reach", 0, 5]
 
 
+def test_a_rejection_that_is_withdrawn_gives_the_fix_back(view, scrubber, opened, annotations, tmp_path):
+    view("move", head="dense", boundary=0, at=7)
+    view("fix", why="it slips")
+    view("reject", why="blurred")
+    assert scrubber.states["3"] == "rejected" and view.dense[0] == ["reach", 0, 6]
+    again = View(Scrubber(opened, annotations, NAMES, order=[3, 0, 7], corrections=tmp_path / "corrections.yaml"))
+    for seen in (view, again):  # also in one that was opened on it, where the annotation is shown
+        seen("show_episode", episode=3)
+        seen("withdraw")
+        assert "no longer rejected; its fix holds again" in seen.scrubber.status, seen.scrubber.error
+        assert seen.scrubber.states["3"] == "fixed" and seen.dense[0] == ["reach", 0, 6]
+        (correction,) = read_corrections(tmp_path / "corrections.yaml", opened)
+        assert correction.verdict == "fix" and correction.segments["dense"][0].end == 6 and correction.why == ""
+        seen("reject")
+
+
+def test_a_withdrawal_in_one_mode_leaves_what_is_shown_as_a_draft(opened, tmp_path):
+    """A fix of the other head stays, and has nothing to say here."""
+    path, length = tmp_path / "corrections.yaml", opened.episodes[3].length
+    halves = (Segment("first", 0, 6), Segment("then", 7, length - 1))
+    dense = (Segment("reach", 0, 4), Segment("grasp", 5, 8), Segment("lift", 9, length - 1))
+    raw = Annotation(3, length, "test", halves, dense)
+    moved_half = (Segment("first", 0, 8), Segment("then", 9, length - 1))
+    record_correction(path, opened, of_now(raw, "fix", {"sparse": moved_half}))
+    whole = replace(raw, sparse=(Segment("task", 0, length - 1),))
+    view = View(Scrubber(opened, [whole], NAMES, order=[3], corrections=path))
+    view("move", head="dense", boundary=0, at=3)
+    view("fix")
+    assert view.scrubber.states["3"].startswith("fixed"), view.scrubber.error
+    view("withdraw")
+    assert view.dense[0] == ["reach", 0, 2] and "stays" in view.scrubber.status, view.scrubber.error
+    (left,) = read_corrections(path, opened)
+    assert left.segments == {"sparse": moved_half}
+
+
+def test_an_error_that_nobody_expected_is_shown(view, scrubber, monkeypatch):
+    def breaks(*_):
+        raise KeyError("gone")
+
+    monkeypatch.setattr("sarm_lib.corrections.record_correction", breaks)
+    view("accept")
+    assert scrubber.error == "accept was not done: KeyError: 'gone'" and not scrubber.states.get("3")
+
+
 def test_what_no_longer_fits_is_said(opened, annotations, tmp_path):
     path = tmp_path / "corrections.yaml"
     record_correction(path, opened, of_now(annotations[0], "fix", {"dense": (Segment("reach", 0, 99),)}))

@@ -300,6 +300,11 @@ def test_an_error_under_the_status_of_success_is_waited_for_and_told():
         asked.max_retries = 1
         failure, _ = asked.annotate(dataset.episodes)
         assert "answers with an error: {'message': 'overloaded'}" in failure.reason
+        server.instead = dict.fromkeys(range(1, 40), b'{"error": {"message": "who are you?", "code": 401}}')
+        arrived = len(server.arrivals)
+        with pytest.raises(AnnotationError, match=r"refuses: .*who are you\?.*OPENAI_API_KEY"):
+            list(asked.annotate(dataset.episodes))
+        assert len(server.arrivals) == arrived + 1, "this will not pass"
 
 
 def test_a_server_s_own_words_are_told():
@@ -314,6 +319,13 @@ def test_a_server_s_own_words_are_told():
     ):
         response = httpx.Response(400, text=body, request=httpx.Request("POST", "http://there/v1"))
         assert words in _told(openai.BadRequestError("Error code: 400", response=response, body=None))
+    body = {"message": "too long", "type": "x" * 1000}
+    response = httpx.Response(400, json={"error": body}, request=httpx.Request("POST", "http://there/v1"))
+    assert (
+        _told(openai.BadRequestError("Error code: 400 - too long", response=response, body=body))
+        == "Error code: 400 - too long"
+    )
+    assert len(_told(ValueError("x" * 100_000))) < 400
     lost = openai.APIConnectionError(request=httpx.Request("POST", "http://there/v1"))
     lost.__cause__ = httpx.UnsupportedProtocol("Request URL is missing an 'http://'")
     assert "missing an 'http://'" in _told(lost) and _told(ValueError("plain")) == "plain"

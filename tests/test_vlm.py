@@ -457,9 +457,9 @@ def test_half_a_download_is_called_that_by_whoever_loads_it(vlm, tmp_path, worke
 
 
 def test_answers_outlive_the_dataset_s_growth_and_a_changed_video_does_not(vlm, tmp_path):
-    def left(lengths: list[int], name: str) -> list[int]:
+    def left(lengths: list[int], name: str, *more_tasks: str) -> list[int]:
         dataset = Clips(lengths, root=tmp_path / name)
-        dataset.fingerprint = name
+        dataset.fingerprint, dataset.tasks = name, [*dataset.tasks, *more_tasks]
         asked = ask_here(vlm, dataset)
         waiting = annotators.waiting(asked, dataset, VOCABULARY, tmp_path / "work")
         _, failures = annotators.run(asked, dataset, VOCABULARY, tmp_path / "work")
@@ -467,8 +467,13 @@ def test_answers_outlive_the_dataset_s_growth_and_a_changed_video_does_not(vlm, 
         return [episode.index for episode in waiting]
 
     assert left([20, 14], "small") == [0, 1]
-    assert left([20, 14, 16], "grown") == [2]
+    assert left([20, 14, 16], "grown", "another task") == [2]
     assert left([20, 15, 16], "another take") == [1]
+    assert left([20, 14], "small") == [], "what is known of one dataset is not lost with another"
+    reworded = Clips([20, 14], root=tmp_path / "reworded")
+    reworded.fingerprint, reworded.tasks = "reworded", ["put the ring on the peg", reworded.tasks[1]]
+    waiting = annotators.waiting(ask_here(vlm, reworded), reworded, VOCABULARY, tmp_path / "work")
+    assert [episode.index for episode in waiting] == [0]
 
 
 def test_what_does_not_fit_this_machine_is_said_before_it_is_loaded(vlm):

@@ -17,6 +17,7 @@
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,7 @@ from sarm_lib.dataset import Dataset, Episode
 from sarm_lib.live import bar
 
 log = logging.getLogger("sarm")
+AGAIN = "again"  # the folder of a run that asks everything anew
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Annotator(Protocol):
     """identity: JSON values that, with dataset and vocabulary, decide the answers; they name the folder of unfinished work.
 
     One whose answers depend on nothing of the dataset but the episode also has `fits(annotation, episode)`, which says whether
-    an earlier answer is about that episode: then the answers outlive the dataset's growth.
+    an answer that was given of another dataset is about that episode: then the answers outlive the dataset's growth.
     """
 
     identity: dict[str, Any]
@@ -193,11 +195,15 @@ def run(
     episodes = list(dataset.episodes if episodes is None else episodes)
     folder = _folder(annotator, dataset, vocabulary, work)
     answers = _answers(annotator, folder, skip_existing)
-    done, unreadable = _stored(answers, vocabulary, dataset, _fits(annotator))
+    done, unreadable = _stored(answers, vocabulary, dataset)
     if isinstance(annotator, Existing):
         return annotator.show(episodes, done, vocabulary, dataset)
     for reason in unreadable:
         log.warning("%s\nThe annotator is asked about it again.", reason)
+    known = _elsewhere(annotator, answers, vocabulary, [e for e in episodes if e.index not in done])
+    for annotation in known.values():
+        annotations.save_one(answers, annotation, vocabulary)
+    done |= known
     todo = [episode for episode in episodes if episode.index not in done]
     lengths = {episode.index: episode.length for episode in dataset.episodes}
     failures: dict[int, Failure] = {}
@@ -244,31 +250,44 @@ def waiting(
     if isinstance(annotator, Existing):
         return []
     answers = _answers(annotator, _folder(annotator, dataset, vocabulary, work), skip_existing)
-    done, _ = _stored(answers, vocabulary, dataset, _fits(annotator))
-    return [episode for episode in (dataset.episodes if episodes is None else episodes) if episode.index not in done]
+    done, _ = _stored(answers, vocabulary, dataset)
+    left = [e for e in (dataset.episodes if episodes is None else episodes) if e.index not in done]
+    known = _elsewhere(annotator, answers, vocabulary, left)
+    return [episode for episode in left if episode.index not in known]
 
 
 def _folder(annotator: Annotator, dataset: Dataset, vocabulary: dict[str, list[str]], work: Path) -> Path:
-    of_episodes_alone = _fits(annotator) is not None
-    return work / digest(annotator.identity, vocabulary, None if of_episodes_alone else dataset.fingerprint)
+    return work / f"{digest(annotator.identity, vocabulary)}-{dataset.fingerprint}"
 
 
-def _fits(annotator: Annotator | None) -> Callable[[Annotation, Episode], bool] | None:
-    while isinstance(annotator, Opinion | Existing):
-        annotator = annotator.annotator
-    return getattr(annotator, "fits", None)
+def _elsewhere(
+    annotator: Annotator, answers: Path, vocabulary: dict[str, list[str]], episodes: Sequence[Episode]
+) -> dict[int, Annotation]:
+    """Answers to these questions about `episodes` in the folders of other datasets, such as this one before it has grown."""
+    fits = getattr(annotator.annotator if isinstance(annotator, Opinion) else annotator, "fits", None)
+    found: dict[int, Annotation] = {}
+    if fits is None or answers.name == AGAIN:
+        return found
+    for folder in sorted(answers.parent.glob(f"{answers.name.partition('-')[0]}-*")):
+        for episode in episodes:
+            path = folder / annotations.file_name(episode.index)
+            with suppress(AnnotationError):  # of an episode of another length, say
+                if episode.index not in found and path.exists():
+                    annotation = annotations.load_one(path, vocabulary, episode.length)
+                    if fits(annotation, episode):
+                        found[episode.index] = annotation
+    return found
 
 
 def _answers(annotator: Annotator, folder: Path, skip_existing: bool) -> Path:
     """Where the answers of a run are, and those of a killed one that it continues."""
-    return folder if skip_existing or isinstance(annotator, Existing) else folder / "again"
+    return folder if skip_existing or isinstance(annotator, Existing) else folder / AGAIN
 
 
 def _stored(
     folder: Path,
     vocabulary: dict[str, list[str]],
     dataset: Dataset,
-    fits: Callable[[Annotation, Episode], bool] | None = None,
 ) -> tuple[dict[int, Annotation], list[AnnotationError]]:
     """Answers of earlier runs, by episode, and what is wrong with those that cannot be read (any more)."""
     found, unreadable = {}, []
@@ -276,9 +295,7 @@ def _stored(
         path = folder / annotations.file_name(episode.index)
         try:
             if path.exists():
-                annotation = annotations.load_one(path, vocabulary, episode.length)
-                if fits is None or fits(annotation, episode):
-                    found[episode.index] = annotation
+                found[episode.index] = annotations.load_one(path, vocabulary, episode.length)
         except AnnotationError as error:
             unreadable.append(error)
     return found, unreadable
@@ -351,7 +368,7 @@ class Existing:
     what is wanted; else what the stage left last in `folder`, whoever made that."""
 
     def __init__(self, annotator: Annotator, folder: Path) -> None:
-        self.annotator, self.identity, self.folder = annotator, annotator.identity, folder
+        self.identity, self.folder = annotator.identity, folder
 
     def show(
         self,

@@ -21,7 +21,7 @@ import numpy as np
 
 from sarm_lib.annotations import SINGLE_STAGE, Annotation, AnnotationError, Segment, validate, whole_episode
 from sarm_lib.artifacts import digest, readable
-from sarm_lib.dataset import Dataset, DatasetError, Episode
+from sarm_lib.dataset import Dataset, Episode
 
 MAX_STEPS = 1500  # start times to choose from: xgrammar compiles the grammar of so many in two seconds
 MAX_SEGMENTS = 200  # of an answer; bounds its length in tokens, through the least duration of a segment
@@ -347,8 +347,7 @@ class Interviewer:
     def identity(self) -> dict[str, Any]:
         """JSON values that, with dataset and vocabulary, decide the answers."""
         asked = ("model", "video_key", "seed", "temperature", "frames_per_second", "max_frames", "resolution")
-        prompt = digest(PROMPT, self.dataset.tasks)  # a task that was reworded is another question
-        return {"annotator": self.name, "prompt": prompt, **{key: getattr(self, key) for key in asked}}
+        return {"annotator": self.name, "prompt": digest(PROMPT), **{key: getattr(self, key) for key in asked}}
 
     @cached_property
     def _videos(self) -> dict[int, str]:
@@ -361,14 +360,15 @@ class Interviewer:
         return self._videos[episode.index]
 
     def fits(self, annotation: Annotation, episode: Episode) -> bool:
-        """Whether an earlier answer is one to the same question about the same video, also in a dataset that has grown."""
-        said = annotation.provenance.get("answers", {})
+        """Whether an answer from another dataset, such as this one before it has grown, is one to the same question about the same
+        video."""
+        said = annotation.provenance.get("answers") or {}
         asked = {head: self.question(episode, head).prompt for head in self.asked}
         if {head: (said.get(head) or {}).get("prompt") for head in self.asked} != asked:
             return False
         try:
             return annotation.provenance.get("content") == self.video_identity(episode)
-        except DatasetError:  # it cannot be read any more: asking says so
+        except Exception:  # it cannot be read: asking says so
             return False
 
     def coarse(self, episodes: Sequence[Episode]) -> str:
@@ -401,6 +401,7 @@ class Interviewer:
 
     def frames(self, episode: Episode) -> np.ndarray:
         """The frames that a model sees, (n, H, W, 3) uint8."""
+        self.video_identity(episode)  # which its answer will need: read here, where reading is waited for anyway
         return self.dataset.read_frames(episode, self.camera, self.shown(episode))
 
     def try_seed(self, question: Question, attempt: int) -> int:

@@ -12,7 +12,6 @@ import base64
 import os
 import queue
 import reprlib
-import textwrap
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -32,7 +31,8 @@ PASSING = (408, 409, 429)  # answers of a server that another try may change; al
 LONGEST_PAUSE = 120.0  # seconds
 FIRST_WORD = 30.0  # seconds, in which a server says which models it has
 JPEG_BYTES = 0.35 * 4 / 3  # of a pixel, as base64
-WORDS = 300  # letters of an error that are shown
+REFUSALS = (401, 403, 404)  # of whoever asks, whatever is asked
+LETTERS = 300  # of an error that are shown
 DECODED = 4  # episodes at once, whose raw frames are in memory
 
 
@@ -153,6 +153,10 @@ class ServerAnnotator(Interviewer):
             return AnnotationError(
                 f"the server at {self.url} refuses: {_told(error)} (is OPENAI_API_KEY right, and /v1 in the URL?)"
             )
+        if isinstance(error, _Trouble):
+            return AnnotationError(
+                f"the server at {self.url} refuses: {error} (is OPENAI_API_KEY right, and /v1 in the URL?)"
+            )
         if isinstance(error, _NoReply):
             return AnnotationError(
                 f"what answers at {self.url} is no OpenAI-compatible server: {error} (is /v1 in the URL?)"
@@ -184,6 +188,8 @@ class ServerAnnotator(Interviewer):
                 raise
             reason = str(error)
         except _Trouble as error:
+            if error.code in REFUSALS:
+                raise
             reason = str(error)
         except Exception as error:
             reason = f"{type(error).__name__}: {_told(error)}"
@@ -221,8 +227,9 @@ class ServerAnnotator(Interviewer):
         def passing(error: BaseException) -> bool:
             if isinstance(error, _NoReply):  # a gateway's page, say, unless this is no such server at all
                 return self.heard
-            status = getattr(error, "status_code", 0)
-            return isinstance(error, openai.APIConnectionError | _Trouble) or status in PASSING or status >= 500
+            status = error.code if isinstance(error, _Trouble) else getattr(error, "status_code", 0)
+            unknown = isinstance(error, openai.APIConnectionError) or (isinstance(error, _Trouble) and not status)
+            return unknown or status in PASSING or status >= 500
 
         def enough(state: tenacity.RetryCallState) -> bool:
             nonlocal timeouts
@@ -242,7 +249,7 @@ class ServerAnnotator(Interviewer):
             if not reply.choices and (
                 trouble := getattr(reply, "error", None)
             ):  # of a gateway, under the status of success
-                raise _Trouble(f"the server answers with an error: {textwrap.shorten(str(trouble), WORDS)}")
+                raise _Trouble(trouble)
             return reply
 
         reply = await sent()
@@ -273,7 +280,12 @@ class _NoReply(Exception):
 
 
 class _Trouble(Exception):
-    """An answer that says that there is none; another try may change that."""
+    """An answer that says that there is none, and why. code: the status that it should have had, 0 where it does not say."""
+
+    def __init__(self, error: Any) -> None:
+        super().__init__(f"the server answers with an error: {_short(str(error))}")
+        code = error.get("code") if isinstance(error, dict) else None
+        self.code = code if isinstance(code, int) else 0
 
 
 def _told(error: Exception) -> str:
@@ -282,10 +294,15 @@ def _told(error: Exception) -> str:
 
     text, more = str(error), ""
     if isinstance(error, openai.APIStatusError):
-        more = error.response.text.strip()
+        message = error.body.get("message") if isinstance(error.body, dict) else None
+        more = "" if message and str(message) in text else error.response.text.strip()
     elif isinstance(error, openai.APIConnectionError) and error.__cause__:
         more = f"{type(error.__cause__).__name__}: {error.__cause__}"
-    return text if not more or more in text else f"{text}: {textwrap.shorten(more, WORDS)}"
+    return _short(text) if not more or more in text else f"{_short(text)}: {_short(more)}"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= LETTERS else f"{text[:LETTERS]}…"
 
 
 class _Pace:

@@ -405,6 +405,7 @@ def estimate(annotator: VlmAnnotator, episodes: Sequence[Episode]) -> Estimate:
     work = annotator.batch_size * 4 * bytes_ * max(widest, longest * text.hidden_size * 4)
     gib = 2**30
 
+    workers = max(1, min(annotator.num_workers, -(-len(episodes) // annotator.batch_size)))
     flops, bandwidth = _speed(device)
     seconds = 0.0
     for count, tokens, head in asked:
@@ -422,8 +423,8 @@ def estimate(annotator: VlmAnnotator, episodes: Sequence[Episode]) -> Estimate:
         weights_gib=total * bytes_ / gib,
         cache_gib=annotator.batch_size * longest * per_token / gib,
         working_gib=work / gib,
-        seconds=seconds / max(1, annotator.num_workers),
-        room_gib=_room(device, annotator.num_workers) / gib,
+        seconds=seconds / workers,
+        room_gib=_room(device, workers) / gib,
         coarse=annotator.coarse(episodes),
     )
 

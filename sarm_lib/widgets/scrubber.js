@@ -159,7 +159,10 @@ function render({ model, el }) {
 
   const typed = new Map(); // reasons that were not saved, by episode: they wait for the person to come back
   why.addEventListener("input", () => typed.set(get("episode"), why.value));
-  const sign = () => (why.value = typed.get(get("episode")) ?? get("why"));
+  const sign = () => {
+    if (typed.get(get("episode")) === get("why")) typed.delete(get("episode")); // it is saved
+    why.value = typed.get(get("episode")) ?? get("why");
+  };
 
   // --- keys ---------------------------------------------------------------------------------------------------------
 
@@ -186,10 +189,10 @@ function render({ model, el }) {
     { ...view, status: () => get("status") },
     ["segments", "boundaries", "selected", "head", "states", "status"],
   );
-  model.on("change:why", sign);
+  ["change:why", "change:states"].forEach((said) => model.on(said, sign));
   return () => {
     stop();
-    model.off("change:why", sign);
+    ["change:why", "change:states"].forEach((said) => model.off(said, sign));
   };
 }
 

@@ -320,17 +320,26 @@ class Scrubber(Player):
         if self.episode not in self._verdicts:
             raise AnnotationError(f"{self._path.name} says nothing about episode {self.episode}")
         kind = "corrections" if self.mode == "verify" else "marks"
-        rejected = self._verdicts[self.episode][0] == "rejected"
+        before, saved, shown = self._verdicts.pop(self.episode)[0], self._saved[self.episode], self._shown
         stays = files.withdraw(self._path, kind, self._dataset, self.episode, self._asked)
-        del self._verdicts[self.episode]
+        self._lacking.pop(self.episode, None)
         self._saved[self.episode] = self._history[self.episode][0]
-        status = f"episode {self.episode}: taken out of {self._path.name}"
-        if stays:
-            self._read_file(self.episode)
-            others = "; what it says of heads that this annotation mode does not ask about stays"
-            status = f"episode {self.episode}: no longer rejected; its fix holds again" if rejected else status + others
-        self.why, self.status = self._verdicts.get(self.episode, ("", "", ""))[1], status
-        self._publish()
+        try:
+            if stays:
+                self._read_file(self.episode)
+        finally:
+            if self._shown != shown and (before != "rejected" or shown != saved):
+                self._history[self.episode].append(shown)
+            state, self.why, note = self._verdicts.get(self.episode, ("", "", ""))
+            self.status = f"episode {self.episode}: taken out of {self._path.name}"
+            if stays and before == "rejected":
+                self.status = f"episode {self.episode}: no longer rejected" + "; its fix holds again" * (
+                    state == "fixed"
+                )
+            elif stays:
+                self.status += "; what it says of heads that this annotation mode does not ask about stays"
+            self.status += f"\n{note}" if note else ""
+            self._publish()
 
     # --- state --------------------------------------------------------------------------------------------------------
 
@@ -365,7 +374,8 @@ class Scrubber(Player):
             if outcome.outcome == "fixed" or (outcome.outcome == "outdated" and correction.verdict == "fix"):
                 self._save(said, correction.episode)
             elif outcome.outcome == "unfit" and self._can_show(said, correction.episode):
-                self._history[correction.episode].append(said)
+                if said != self._history[correction.episode][-1]:
+                    self._history[correction.episode].append(said)
                 note += "\nIts segments are shown as a draft: mend and save them, or undo (u) for the annotation."
             elif outcome.outcome == "unfit":
                 note += "\nIts segments cannot be shown; a new fix takes their place."
@@ -460,11 +470,12 @@ class Scrubber(Player):
 
     def _settle(self, state: str, why: str) -> None:
         """After a file was written."""
+        before = self._verdicts.get(self.episode, ("",))[0]
         self._verdicts[self.episode] = (state, why, "")
         self._lacking.pop(self.episode, None)
         if state in ("fixed", "marked"):
             self._save(self._shown, self.episode)
-        else:
+        elif (before, state) not in (("fixed", "rejected"), ("rejected", "rejected")):  # these keep the fix in the file
             self._saved[self.episode] = self._history[self.episode][0]
         self.why, self.status = why, f"episode {self.episode}: {state}, written to {self._path.name}"
         if state == "fixed" and (left := self._left_behind()):
