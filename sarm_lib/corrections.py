@@ -619,7 +619,8 @@ class _Piece:
 def _put(path: Path, kind: Kind, dataset: Dataset, episode: int, entry: dict | None) -> None:
     """Put `entry` in the place of that of `episode`, or take it out (None); all other lines stay as they are.
 
-    Raises AnnotationError where that cannot be done, and leaves the file as it is. The text is cut at its entries: ruamel ties a comment to what stands before it, and would lose it with that.
+    Raises AnnotationError where that cannot be done, and leaves the file as it is. The text is cut at its entries: ruamel
+    ties a comment to what stands before it, and would lose it with that.
     """
     from ruamel.yaml.error import YAMLError
 

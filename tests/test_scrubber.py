@@ -423,6 +423,9 @@ def test_a_file_that_cannot_be_written_loses_nothing(view, scrubber, tmp_path):
     (tmp_path / "corrections.yaml").unlink()
     view("fix")
     assert scrubber.error == "" and scrubber.states == {"3": "fixed"}
+    (tmp_path / "corrections.yaml").write_text("]")
+    view("withdraw")
+    assert "not YAML" in scrubber.error and scrubber.states == {"3": "fixed"}
 
 
 def test_an_invalid_annotation_is_never_written(opened, tmp_path):

@@ -320,8 +320,9 @@ class Scrubber(Player):
         if self.episode not in self._verdicts:
             raise AnnotationError(f"{self._path.name} says nothing about episode {self.episode}")
         kind = "corrections" if self.mode == "verify" else "marks"
-        before, saved, shown = self._verdicts.pop(self.episode)[0], self._saved[self.episode], self._shown
+        before, saved, shown = self._verdicts[self.episode][0], self._saved[self.episode], self._shown
         stays = files.withdraw(self._path, kind, self._dataset, self.episode, self._asked)
+        del self._verdicts[self.episode]
         self._lacking.pop(self.episode, None)
         self._saved[self.episode] = self._history[self.episode][0]
         try:
