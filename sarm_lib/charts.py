@@ -7,6 +7,7 @@ and on GitHub; one in which something can be chosen answers the mouse as well in
 
 import io
 import itertools
+from collections.abc import Iterable
 from pathlib import Path
 
 import altair as alt
@@ -492,16 +493,10 @@ def annotated_episode(
         for row in map(tuple, rows)
     }
     whole = {(head, row[0]) for (head, row), text in fitting.items() if text == row[0]}
-    legend, lines = {}, []  # where the other names stand below, and whose line is which
-    for head in segments:
-        x = width
-        for subtask in dict.fromkeys(row[0] for row in segments[head] if (head, row[0]) not in whole):
-            wide = 34 + measure.textlength(subtask, font)
-            if x + wide > width:
-                x = left
-                lines.append(head)
-            legend[head, subtask] = x, len(lines) - 1
-            x += wide
+    cut_off = {
+        head: dict.fromkeys(row[0] for row in segments[head] if (head, row[0]) not in whole) for head in segments
+    }
+    legend, lines = _legend(cut_off, measure, font, left, width)
     axis = top + height + 8 + len(segments) * (bar + 6) + 46
     page = Image.new("RGB", (width, axis + 22 * len(lines)), "white")
     draw = ImageDraw.Draw(page)
@@ -539,6 +534,23 @@ def annotated_episode(
         draw.rectangle((x, y + 2, x + 14, y + 16), fill=colour_of(head, subtask))
         draw.text((x + 19, y), subtask, fill="black", font=font)
     return page
+
+
+def _legend(
+    names: dict[str, Iterable[str]], draw: ImageDraw.ImageDraw, font, left: int, width: int
+) -> tuple[dict[tuple[str, str], tuple[float, int]], list[str]]:
+    """Where names stand, by head and name: x and line; and the head of each line."""
+    places, lines = {}, []
+    for head, subtasks in names.items():
+        x = width  # a head begins on a line of its own
+        for subtask in subtasks:
+            wide = 34 + draw.textlength(subtask, font)
+            if x + wide > width:
+                x = left
+                lines.append(head)
+            places[head, subtask] = x, len(lines) - 1
+            x += wide
+    return places, lines
 
 
 def middles(length: int, n: int) -> list[int]:

@@ -537,13 +537,11 @@ def record_correction(path: Path, dataset: Dataset, correction: Correction, head
     verdict = correction.verdict
     if before and verdict == "reject" and before.segments:
         said, seen = before.segments, before.was.segments if before.was else {}
-    elif before and verdict != "reject":
+    elif before and verdict != "reject" and (before.verdict != "reject" or before.segments):
         seen_before = _of_others(before.was.segments if before.was else {}, heads)
         kept = _of_others(before.segments, heads)
         if verdict == "fix" and before.verdict == "accept":
             kept = seen_before
-        if before.verdict == "reject" and not kept:
-            seen_before = {}
         if kept:
             said, verdict = kept | (said if verdict == "fix" else seen), "fix"
         seen |= seen_before

@@ -249,3 +249,12 @@ def test_boundaries_in_a_picture_are_no_gaps():
     assert len(dark) and np.ptp(dark) < 4 and abs(dark.mean() - (64 + 15 / 40 * 1216)) < 3
     assert (middle[[dark.min() - 1, dark.max() + 1]] == 255).all()
     assert (bar[-20] == 0xDD).all()  # frames 30 to 39 belong to no segment
+
+
+def test_subtasks_with_too_few_segments_to_judge_are_named_with_their_number():
+    names = {"sparse": ["task"], "dense": NAMES}
+    task = (Segment("task", 0, 39),)
+    given = [Annotation(i, 40, "x", task, segments((0, 0), (1, 10), (2, 20))) for i in range(19)]
+    given.append(Annotation(19, 40, "x", task, segments((0, 0), (1, 10))))
+    assert agreement.too_few_to_judge(given, names) == ["dense 'lift' (19)"]
+    assert agreement.too_few_to_judge(given[:1], {"dense": NAMES}) == [f"dense {name!r} (1)" for name in NAMES]

@@ -446,6 +446,18 @@ def test_a_model_of_another_family_is_called_that(tmp_path):
             ask()
 
 
+def test_a_processor_that_cannot_ask_is_told_before_anything_is_asked(vlm, tmp_path):
+    dataset, mute = Clips([20]), shutil.copytree(vlm, tmp_path / "mute")
+    for path in mute.glob("chat_template*"):
+        path.unlink()
+    for path in mute.glob("*config.json"):
+        content = json.loads(path.read_text())
+        if content.pop("chat_template", None):
+            path.write_text(json.dumps(content))
+    with pytest.raises(AnnotationError, match=r"annotate.model: the processor of .* has no chat template"):
+        list(ask_here(mute, dataset).annotate(dataset.episodes))
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_half_a_download_is_called_that_by_whoever_loads_it(vlm, tmp_path, workers):
     half = shutil.copytree(vlm, tmp_path / "half")

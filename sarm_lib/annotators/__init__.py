@@ -285,9 +285,7 @@ def _answers(annotator: Annotator, folder: Path, skip_existing: bool) -> Path:
 
 
 def _stored(
-    folder: Path,
-    vocabulary: dict[str, list[str]],
-    dataset: Dataset,
+    folder: Path, vocabulary: dict[str, list[str]], dataset: Dataset
 ) -> tuple[dict[int, Annotation], list[AnnotationError]]:
     """Answers of earlier runs, by episode, and what is wrong with those that cannot be read (any more)."""
     found, unreadable = {}, []

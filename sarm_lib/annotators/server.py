@@ -149,13 +149,9 @@ class ServerAnnotator(Interviewer):
                 f"no server answers at {self.url} ({_told(error)}). Start one, for example with `vllm serve {self.model} "
                 f"--limit-mm-per-prompt.image {self.max_frames}`, and name it in annotate.server_url. Finished episodes are saved."
             )
-        if isinstance(error, openai.OpenAIError):
+        if isinstance(error, openai.OpenAIError | _Trouble):
             return AnnotationError(
                 f"the server at {self.url} refuses: {_told(error)} (is OPENAI_API_KEY right, and /v1 in the URL?)"
-            )
-        if isinstance(error, _Trouble):
-            return AnnotationError(
-                f"the server at {self.url} refuses: {error} (is OPENAI_API_KEY right, and /v1 in the URL?)"
             )
         if isinstance(error, _NoReply):
             return AnnotationError(
@@ -246,9 +242,8 @@ class ServerAnnotator(Interviewer):
                 raise _NoReply(f"its answer is no JSON ({error})") from None
             if not hasattr(reply, "choices"):
                 raise _NoReply(f"its answer is {reprlib.repr(reply)}")
-            if not reply.choices and (
-                trouble := getattr(reply, "error", None)
-            ):  # of a gateway, under the status of success
+            # A gateway's, under the status of success.
+            if not reply.choices and (trouble := getattr(reply, "error", None)):
                 raise _Trouble(trouble)
             return reply
 
