@@ -10,9 +10,11 @@ sets from other seeds (`FIRST_SEED`). Beside it stand the settings that were in 
 `keyframes`, and the same network taught the simulator's truth of all training episodes: so much would perfect marks of all of
 them give, with these settings, and with four times as many components of the embeddings, which eight marks are too few for.
 
-Retries have 95 % intervals by bootstrap over episodes. `suspicion` is the share of the wrong frames in the first tenth and fifth
-of the new episodes, most suspicious first, as notebook 02 orders them, and what all new episodes are like once these are as the
-simulator says: so much would a person who sees what the simulator says gain by looking at no more than these.
+Retries have 95 % intervals by bootstrap over episodes. `flickers` has the new episodes' retries by the time below which a run of
+the simulator's stages is flicker and no subtask (`agreement.FLICKER` elsewhere): so long has a step back to last to be found.
+`suspicion` is the share of the wrong frames in the first tenth and fifth of the new episodes, most suspicious first, as notebook 02
+orders them, and what all new episodes are like once these are as the simulator says: so much would a person who sees what the
+simulator says gain by looking at no more than these.
 
 `looks`: what an eye says instead. The first tenth was looked at frame by frame (`benchmarks/unseen_looks.yaml`), as a person would
 in notebook 02: the annotation and what made it suspicious before them, the guide of `demo/marks.yaml`, and nothing of the
@@ -94,9 +96,9 @@ def taught(demos: Dataset, truth: Truths, marks: list[Annotation]) -> list[Annot
     return found
 
 
-def figures(given: list[Annotation], truth: Truths, merged: Dataset, names: list[str], first_new: int) -> dict:
+def figures(given: list[Annotation], stage: np.ndarray, merged: Dataset, names: list[str], first_new: int) -> dict:
     """Of the demo's held-out episodes and of all new ones; of these, each set, each kind, and retries by where they go."""
-    pairs = agreement.compare_all(truth, given, HEAD, names, merged.fps)
+    pairs = agreement.compare_all(agreement.truth(stage, merged, names), given, HEAD, names, merged.fps)
     new = [c for c in pairs if c.episode >= first_new]
     sets = [new[i : i + sum(HELD_OUT)] for i in range(0, len(new), sum(HELD_OUT))]
     kinds = agreement.by_group(new, {e.index: e.group for e in merged.episodes}, merged.fps)
@@ -104,9 +106,16 @@ def figures(given: list[Annotation], truth: Truths, merged: Dataset, names: list
         "demo": agreement.summary([c for c in pairs if c.episode < first_new], merged.fps),
         "new": agreement.summary(new, merged.fps) | interval(new, np.random.default_rng(0)),
         "sets": [agreement.summary(of, merged.fps) for of in sets],
+        "flickers": flickers([a for a in given if a.episode >= first_new], stage, merged, names),
         "kinds": {kind: row.dropna().to_dict() for kind, row in kinds.iterrows()},
         "steps_back": agreement.by_step(new).to_dict("records"),
     }
+
+
+def flickers(given: list[Annotation], stage: np.ndarray, merged: Dataset, names: list[str]) -> dict:
+    """Retries of all held-out episodes that are given, by the time below which the simulator's stages flicker."""
+    found = agreement.by_flicker(stage, merged, given, names, {"given": ("val", "test")})
+    return {shortest: row["given"] for shortest, row in found.items()}
 
 
 def doubted(given: list[Annotation], second: list[Annotation], trusted: dict, truth: Truths, names: dict, fps: float) -> dict:
@@ -125,10 +134,10 @@ def doubted(given: list[Annotation], second: list[Annotation], trusted: dict, tr
     return {"confidence": agreement.reliability(truth, given, HEAD, names[HEAD], fps), "suspicion": rows}
 
 
-def looked_at(given: list[Annotation], merged: Dataset, truth: Truths, names: dict[str, list[str]]) -> dict:
+def looked_at(given: list[Annotation], merged: Dataset, stage: np.ndarray, names: dict[str, list[str]]) -> dict:
     """The episodes that were looked at: annotator, eye and simulator, each beside each; and all new ones with what the eye
     says put in. Raises AnnotationError where the looks are about other episodes (`--sets`, or recorded on another machine)."""
-    said = corrections.read_corrections(LOOKS, merged)
+    truth, said = agreement.truth(stage, merged, names[HEAD]), corrections.read_corrections(LOOKS, merged)
     reviewed = corrections.apply(given, said, merged, names)
     looked = {correction.episode for correction in said}
     annotator, eye = ([a for a in of if a.episode in looked] for of in (given, reviewed.annotations))
@@ -144,6 +153,8 @@ def looked_at(given: list[Annotation], merged: Dataset, truth: Truths, names: di
         pairs = agreement.compare_all(reference, of, HEAD, names[HEAD], merged.fps)
         steps = agreement.by_step(pairs).to_dict("records")
         rows[what] = agreement.summary(pairs, merged.fps) | {"steps_back": steps}
+        if reference is truth:
+            rows[what]["flickers"] = flickers(of, stage, merged, names[HEAD])
     return {"outcomes": pd.Series([o.outcome for o in reviewed.outcomes]).value_counts().to_dict()} | rows
 
 
@@ -169,7 +180,7 @@ def measure(sets: int) -> dict:
     judging = [mark for mark in marks if merged.episodes[mark.episode].split == "val"]
     second = list(KeyframeAnnotator(merged, names).annotate(held_out))
     trusted = agreement.trust(second, judging, names, merged.fps)
-    found = {"keyframes": figures(second, truth, merged, names[HEAD], first_new)}
+    found = {"keyframes": figures(second, stage, merged, names[HEAD], first_new)}
     in_use = {name: getattr(propagate, name) for name in BEFORE | MANY}
     compared = {"propagate, before": in_use | BEFORE, "propagate": in_use, CEILING: in_use, f"{CEILING}, 32 components": in_use | MANY}
     for who, settings in compared.items():
@@ -178,12 +189,12 @@ def measure(sets: int) -> dict:
         learned_from = taught(demos, truth, marks) if who.startswith(CEILING) else marks
         annotator = propagate.PropagateAnnotator(merged, embeddings, learned_from, names, config.base.seed)
         given = list(annotator.annotate(held_out))
-        found[who] = settings | figures(given, truth, merged, names[HEAD], first_new)
+        found[who] = settings | figures(given, stage, merged, names[HEAD], first_new)
         new, others = ([a for a in said if a.episode >= first_new] for said in (given, second))
         found[who] |= doubted(new, others, trusted, truth, names, merged.fps)
         if who == "propagate":
             try:
-                seen = looked_at(new, merged, truth, names)
+                seen = looked_at(new, merged, stage, names)
             except AnnotationError as error:
                 seen = {"left out": str(error)}
     return {"code": code_digest("annotators.propagate"), "sets": sets, "first_seed": FIRST_SEED, "found": found, "looks": seen}

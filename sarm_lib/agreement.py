@@ -23,7 +23,7 @@ WITHIN = 0.1  # seconds: a boundary is where an annotator says
 SURE = (0.9, 0.99)  # confidences that part the rows of `reliability`
 FLICKER = 0.15  # seconds; a truth that is read off thresholds flickers: shorter runs belong to the run before them
 # What counts as a retry hangs on it, so figures of retries are given for all of these.
-FLICKERS = (0.0, 0.1, 0.125, FLICKER)
+FLICKERS = (0.0, 0.1, 0.125, FLICKER, 0.175, 0.2, 0.25)
 
 SCORED = {"val": ("val",), "test": ("test",), "val and test": ("val", "test")}  # splits that a truth is compared with
 
@@ -193,14 +193,18 @@ def truth(stage: np.ndarray, dataset: Dataset, names: list[str], flicker: float 
 
 
 def by_flicker(
-    stage: np.ndarray, dataset: Dataset, annotations: Iterable[Annotation], names: list[str]
+    stage: np.ndarray,
+    dataset: Dataset,
+    annotations: Iterable[Annotation],
+    names: list[str],
+    scored: Mapping[str, tuple[str, ...]] = SCORED,
 ) -> dict[str, dict[str, dict[str, float | int | None]]]:
-    """Retries found against a simulator's stages (N,) of val and test, for every one of `FLICKERS`: by it, then by split."""
+    """Retries found against a simulator's stages (N,), for every one of `FLICKERS`: by it, then by the splits `scored`."""
     figures, given = ("retries", "retry_recall", "retry_precision"), list(annotations)
     found: dict[str, dict] = {}
     for flicker in FLICKERS:
         segments = truth(stage, dataset, names, flicker)
-        for name, splits in SCORED.items():
+        for name, splits in scored.items():
             reference = {e.index: segments[e.index] for e in dataset.episodes if e.split in splits}
             row = summary(compare_all(reference, given, "dense", names, dataset.fps), dataset.fps)
             found.setdefault(f"{flicker:g} s", {})[name] = {figure: row.get(figure) for figure in figures}

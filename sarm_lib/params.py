@@ -118,7 +118,7 @@ class Annotate(Section):
     allow_failed: bool  # go on where an episode could not be annotated
     visualize_only: bool  # show existing annotations, make none
     # What a vision-language model is asked with: `vlm` loads `model` here, `server` asks one that serves it.
-    model: str
+    model: str  # a folder or user/name, with @revision if it is to stay the same
     video_key: str | None  # the camera it sees; None for the reward model's first
     frames_per_second: Rate
     max_frames: Annotated[int, Field(ge=2)]

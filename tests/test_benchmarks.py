@@ -175,6 +175,12 @@ def annotated(tiny):
     return demos, names, truth, given
 
 
+def stages(demos, truth, names):
+    """A simulator's stages (N,), from its segments."""
+    labels = [agreement.frame_labels(truth[e.index], names, e.length) for e in demos.episodes]
+    return np.concatenate(labels)
+
+
 def test_what_is_suspicious_first_and_put_right_is_counted_as_right(annotated, monkeypatch):
     demos, names, truth, given = annotated
     monkeypatch.setattr(unseen, "SHARES", (0.0, 1 / len(given)))
@@ -191,7 +197,7 @@ def test_what_an_eye_says_stands_beside_annotator_and_simulator(annotated, tmp_p
     sees = segments(("reach", 0), ("grasp", 3), ("reach", 7), ("grasp", 9), length=given[-1].length)
     corrections.record_correction(unseen.LOOKS, demos, corrections.of_now(given[0], "accept"))
     corrections.record_correction(unseen.LOOKS, demos, corrections.of_now(given[-1], "fix", {"dense": sees}))
-    found = unseen.looked_at(given, demos, truth, names)
+    found = unseen.looked_at(given, demos, stages(demos, truth, names["dense"]), names)
     assert found.pop("outcomes") == {"accepted": 1, "fixed": 1}
     said = {what: (row["episodes"], row["retries"], row["retry_recall"]) for what, row in found.items()}
     assert said == {
@@ -201,6 +207,20 @@ def test_what_an_eye_says_stands_beside_annotator_and_simulator(annotated, tmp_p
         "all new ones, these by eye, against simulator": (len(given), len(given), 1.0),
     }
     assert found["eye against simulator"]["frame_agreement"] < 1
+    assert [what for what, row in found.items() if "flickers" in row] == list(said)[:2] + list(said)[3:]
+
+
+def test_short_runs_of_the_simulators_stages_are_flicker(annotated, monkeypatch):
+    """A step back of three frames, at ten a second, is one while 0.3 s are asked for and none where it is 0.5 s."""
+    demos, names, truth, given = annotated
+    monkeypatch.setattr(agreement, "FLICKERS", (0.0, 0.3, 0.5))
+    held_out = [a for a in given if demos.episodes[a.episode].split != "train"]
+    found = unseen.flickers(held_out, stages(demos, truth, names["dense"]), demos, names["dense"])
+    assert {shortest: row["retries"] for shortest, row in found.items()} == {
+        "0 s": len(held_out),
+        "0.3 s": len(held_out),
+        "0.5 s": 0,
+    }
 
 
 def test_looks_at_other_recordings_are_refused(annotated, tmp_path, monkeypatch):
@@ -208,4 +228,4 @@ def test_looks_at_other_recordings_are_refused(annotated, tmp_path, monkeypatch)
     monkeypatch.setattr(unseen, "LOOKS", tmp_path / "looks.yaml")
     unseen.LOOKS.write_text("dataset: '0'\ncorrections: []\n")
     with pytest.raises(annotations.AnnotationError, match="another dataset"):
-        unseen.looked_at(given, demos, truth, names)
+        unseen.looked_at(given, demos, stages(demos, truth, names["dense"]), names)

@@ -5,6 +5,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 import time
 import weakref
 from collections import Counter
@@ -409,6 +411,8 @@ def test_one_bad_episode_fails_alone(vlm):
 class TooSmall:
     """Stands for a model: runs out of memory on more than one question, and does not answer while that batch is there."""
 
+    commit = None
+
     def __init__(self) -> None:
         self.batches: list[weakref.ref] = []
 
@@ -556,3 +560,26 @@ def test_a_model_that_was_trained_further_in_its_folder_is_another_one(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(bytes(199_999) + b"1")  # of the same size
     assert _files(str(tmp_path)) != name
     assert _files("user/on-the-hub") is None
+
+
+def test_which_commit_of_a_hub_model_answers_can_be_chosen_and_is_kept(vlm, tmp_path):
+    """Asked in another process, as the Hub's cache is found when its libraries are imported."""
+    commits = {"main": "a" * 40, "v1": "b" * 40}
+    cache = tmp_path / "hub" / "models--someone--tiny"
+    (cache / "refs").mkdir(parents=True)
+    for name, commit in commits.items():
+        (cache / "refs" / name).write_text(commit)
+        shutil.copytree(vlm, cache / "snapshots" / commit)
+    script = """
+from tests.tiny_vlm import Clips, ask_here
+clips = Clips([20])
+for model in ("someone/tiny", "someone/tiny@v1"):
+    asked = ask_here(model, clips)
+    said = str(asked.estimate(clips.episodes))
+    (answer,) = asked.annotate(clips.episodes)
+    print("FOUND", answer.provenance["model"], answer.provenance["model_commit"], model in said)
+"""
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    found = [line.removeprefix("FOUND ") for line in run.stdout.splitlines() if line.startswith("FOUND")]
+    assert found == [f"someone/tiny {commits['main']} True", f"someone/tiny@v1 {commits['v1']} True"], run.stderr

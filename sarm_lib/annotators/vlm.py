@@ -34,7 +34,8 @@ GRAMMAR_CACHE = 500_000_000  # bytes; the grammar of a long episode takes ten mi
 
 @dataclass(kw_only=True)
 class VlmAnnotator(Interviewer):
-    """Asks a model that runs here. batch_size: questions answered at once. num_workers: processes, on a GPU each."""
+    """Asks a model that runs here. model: a folder, or user/name of the Hub, with @revision where it is not the newest one.
+    batch_size: questions answered at once. num_workers: processes, on a GPU each."""
 
     name = "vlm"
     model: str = DEFAULT_MODEL
@@ -107,6 +108,10 @@ class VlmAnnotator(Interviewer):
                     failures[index] = Failure(index, interview.complaint, provenance)
         return [failures.get(e.index) or self.annotation(e, held[e.index]) for e in episodes]
 
+    def provenance(self, episode: Episode, held: dict[str, Interview]) -> dict:
+        """What was asked and answered, and which commit of a model of the Hub answered."""
+        return {**super().provenance(episode, held), "model_commit": self._loaded.commit if self.asked else None}
+
     @cached_property
     def _loaded(self) -> "_Model":
         return _Model(self.model, self.device)
@@ -119,6 +124,12 @@ class VlmAnnotator(Interviewer):
 def model_name(model: str) -> str:
     """What artifacts call a model: no path of this machine."""
     return Path(model).name if Path(model).is_dir() else model
+
+
+def _place(model: str) -> tuple[str, dict[str, str]]:
+    """Where `from_pretrained` finds a model: its first argument, and the revision where one is named."""
+    name, at, revision = model.partition("@")
+    return (name, {"revision": revision}) if at and not Path(model).is_dir() else (model, {})
 
 
 def _files(model: str) -> str | None:
@@ -145,12 +156,13 @@ class _Model:
 
         device = _device(device)
         several = device == "cuda" and torch.cuda.device_count() > 1
-        _config(path)
+        self.commit = _config(path)._commit_hash
         log.info("loading %s on %s", model_name(path), "all GPUs" if several else device)
         self.processor = _processor(path)
+        name, revision = _place(path)
         try:
             self.model = AutoModelForImageTextToText.from_pretrained(
-                path, dtype=_dtype(device), device_map="auto" if several else {"": device}
+                name, dtype=_dtype(device), device_map="auto" if several else {"": device}, **revision
             ).eval()
         except Exception as error:  # half a download, too little memory...: each library has errors of its own
             raise AnnotationError(f"annotate.model: cannot load {path}: {type(error).__name__}: {error}") from error
@@ -232,8 +244,9 @@ def _config(path: str):
     """The model's configuration. Raises AnnotationError where it cannot be read or is no Qwen3-VL's."""
     from transformers import AutoConfig
 
+    name, revision = _place(path)
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(name, **revision)
     except (OSError, ValueError) as error:
         raise AnnotationError(f"annotate.model: cannot read the configuration of {path}: {error}") from error
     if config.model_type not in FAMILY:
@@ -248,8 +261,9 @@ def _processor(path: str):
     """Raises AnnotationError where there is none, or none that can ask."""
     from transformers import AutoProcessor
 
+    name, revision = _place(path)
     try:
-        processor = AutoProcessor.from_pretrained(path)
+        processor = AutoProcessor.from_pretrained(name, **revision)
     except (OSError, ValueError) as error:
         raise AnnotationError(f"annotate.model: cannot load the processor of {path}: {error}") from error
     if not processor.chat_template:
