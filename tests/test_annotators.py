@@ -318,7 +318,7 @@ def test_the_estimate_is_of_the_episodes_that_are_left(demos):
     assert annotators.estimate(asked, []) == "nothing is left to annotate"
     looking = annotators.from_params(configured(annotator="server", visualize_only=True), demos)
     assert annotators.estimate(looking, demos.episodes) == "nothing is asked: annotate.visualize_only is set"
-    assert annotators.estimate(Scripted({}), demos.episodes) == "seconds to minutes, no GPU"
+    assert annotators.estimate(Scripted({}), demos.episodes) == "seconds, no GPU"
 
 
 def test_every_option_of_the_server_is_a_parameter(demos):
@@ -596,6 +596,32 @@ def test_marked_episodes_are_rewound_as_often_as_is_said():
         for _ in range(500)
     ]
     assert abs(np.mean([len(x) > length for x in seen]) - propagate.REWIND) < 0.06
+
+
+@pytest.mark.parametrize("rewind", [0.0, 1.0])
+def test_of_a_long_episode_parts_are_learned_from_and_its_ends_as_often_as_the_rest(rewind):
+    """Its frames in their order, as many as `WINDOW`, wherever they lie."""
+    rng, length = np.random.default_rng(0), 3 * propagate.WINDOW
+    place, seen = np.arange(length), np.zeros(length)
+    with mock.patch.object(propagate, "REWIND", rewind):
+        for _ in range(300):
+            features, labels = propagate._seen(place[:, None].astype(np.float32), place // 100, np.array([False]), rng)
+            frames = features[:, 0].numpy().astype(int)
+            assert len(frames) == len(labels) == propagate.WINDOW and (labels.numpy() == frames // 100).all()
+            assert (np.abs(np.diff(frames)) == 1).all()
+            np.add.at(seen, frames, 1)
+    assert seen[0] > 30 and seen[-1] > 30, "a sixth of the windows, at the ends as well"
+
+
+def test_the_estimate_of_propagate_knows_how_much_is_marked():
+    made, truth, embeddings = robot()
+    marks = [Annotation(i, truth[i][-1].end + 1, "manual", None, truth[i]) for i in (0, 1)]
+    names = {"dense": NAMES["dense"]}
+    few = propagate.PropagateAnnotator(made, embeddings, marks, names, 0)
+    assert few.estimate(made.episodes) == "Estimate: about 1 min on one core, no GPU"
+    few.marks = [replace(mark, length=2700) for mark in marks * 4]
+    assert few.estimate(made.episodes) == "Estimate: about 3 min on one core, no GPU"
+    assert annotators.estimate(few, made.episodes) == few.estimate(made.episodes)
 
 
 def test_a_mark_without_a_head_is_named():

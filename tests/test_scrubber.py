@@ -16,7 +16,7 @@ from PIL import Image
 from sarm_lib.annotations import Annotation, AnnotationError, Segment, validate
 from sarm_lib.corrections import apply, of_now, read_corrections, read_marks, record_correction, record_mark
 from sarm_lib.dataset import DatasetError, open_dataset
-from sarm_lib.widgets.scrubber import SHORTEST, Scrubber, boundaries, moved, removed, split, spread
+from sarm_lib.widgets.scrubber import SHORTEST, Scrubber, boundaries, moved, removed, split, unmarked
 
 from .conftest import CAMERAS, LENGTHS, ROOT
 
@@ -217,7 +217,7 @@ def test_gaps_have_two_boundaries_and_close():
 @given(st.integers(4, 60), st.lists(st.tuples(st.sampled_from("msx"), st.integers(-5, 70), st.integers(0, 9))))
 def test_no_edit_makes_an_invalid_annotation(length, edits):
     names = ["a", "b", "c"]
-    segments = spread(names, length)
+    segments = unmarked(names, length)
     for kind, frame, which in edits:
         found = boundaries(segments, length)
         try:
@@ -450,20 +450,27 @@ def test_unknown_commands_do_nothing(view, scrubber):
 # --- marks ------------------------------------------------------------------------------------------------------------
 
 
-def test_marking_starts_with_the_vocabulary_spread_evenly(opened, annotations, tmp_path):
+def test_marking_starts_with_one_segment_and_every_boundary_is_a_persons(opened, annotations, tmp_path):
     path = tmp_path / "marks.yaml"
     scrubber = Scrubber(opened, [], NAMES, order=[3, 0], marks=path)
     view = View(scrubber)
-    assert scrubber.mode == "mark" and view.dense == [["reach", 0, 6], ["grasp", 7, 12], ["lift", 13, 19]]
-    assert spread(["a", "b", "c"], 5) == (Segment("a", 0, 4),)  # too short for all of them
+    assert scrubber.mode == "mark" and view.dense == [["reach", 0, 19]]
     for refused in ("accept", "reject"):
         view(refused)
         assert scrubber.error
-    view("move", head="dense", boundary=0, at=5)
+    for frame in (5, 13, 16):  # as notebook 01 says: step to where the next one begins, and split
+        view("split", frame=frame)
+    view("rename", frame=16, number=1)  # it fails, and tries again
     view("fix", why="by eye")
     assert scrubber.states == {"3": "marked"}
     (mark,) = read_marks(path, opened, NAMES)
-    assert mark.dense[0] == Segment("reach", 0, 4) and mark.provenance["why"] == "by eye"
+    assert [(s.subtask, s.start, s.end) for s in mark.dense] == [
+        ("reach", 0, 4),
+        ("grasp", 5, 12),
+        ("lift", 13, 15),
+        ("reach", 16, 19),
+    ]
+    assert mark.provenance["why"] == "by eye"
 
     again = Scrubber(opened, [], NAMES, order=[3, 0], marks=path)
     assert again.episode == 0 and again.states == {"3": "marked"}
@@ -474,20 +481,48 @@ def test_marking_starts_with_the_vocabulary_spread_evenly(opened, annotations, t
 
 
 def test_what_nobody_said_is_not_saved(opened, annotations, tmp_path):
-    """A stray `f` on subtasks that are only spread evenly, in both modes."""
+    """A stray `f` on what is one segment because nobody has split it, in both modes."""
     for way, state in (("marks", "marked"), ("corrections", "fixed")):
         path = tmp_path / f"{way}.yaml"
         scrubber = Scrubber(opened, [], NAMES, order=[3, 0], **{way: path})
         view = View(scrubber)
+        for edit in ({"command": "split", "frame": 5}, {"command": "rename", "frame": 5, "number": 2}):
+            view("fix")
+            assert "nobody has said where dense subtasks begin" in scrubber.error and not path.exists()
+            view(**edit)
+            view("undo")
         view("fix")
-        assert "nobody has said this" in scrubber.error and not path.exists()
-        view("move", head="dense", boundary=0, at=5)
-        view("undo")
-        view("fix")
-        assert "nobody has said this" in scrubber.error and not path.exists()
-        view("move", head="dense", boundary=0, at=5)
+        assert "nobody has said" in scrubber.error and not path.exists()
+        view("split", frame=5)
         view("fix")
         assert scrubber.states == {"3": state} and path.exists()
+
+
+def test_an_episode_of_one_subtask_can_be_marked_by_saying_so(opened, tmp_path):
+    """It is named, which changes nothing; where the vocabulary has one name there is nothing to say."""
+    path = tmp_path / "marks.yaml"
+    scrubber = Scrubber(opened, [], NAMES, order=[3, 0], marks=path)
+    view = View(scrubber)
+    view("rename", frame=0, number=1)
+    view("fix")
+    assert scrubber.states == {"3": "marked"}
+    view("show_episode", episode=0)
+    view("fix")
+    assert "nobody has said" in scrubber.error, "of another episode nothing was said"
+    one = Scrubber(opened, [], {"dense": ["fold"]}, order=[3], marks=tmp_path / "one.yaml")
+    View(one)("fix")
+    assert one.states == {"3": "marked"}
+
+
+def test_a_boundary_is_put_where_the_playhead_is(view, scrubber):
+    view("put", frame=12)
+    assert "no boundary is selected" in scrubber.error
+    view("select", step=1, frame=0)
+    before = view.dense
+    view("put", frame=before[0][2] + 3)
+    assert view.dense[0] == [before[0][0], 0, before[0][2] + 2] and view.dense[1][1] == before[0][2] + 3
+    view("put", frame=0)  # no further than its neighbours allow
+    assert view.dense[0][2] == SHORTEST - 1
 
 
 def test_marking_starts_with_what_the_annotator_says(opened, annotations, tmp_path):
@@ -498,7 +533,7 @@ def test_marking_starts_with_what_the_annotator_says(opened, annotations, tmp_pa
     assert scrubber.boundaries["dense"][0][-1] == 0.3  # and how sure it is
     view("fix")  # a person looked, and it is right
     view("show_episode", episode=7)
-    assert view.dense[0] == ["reach", 0, 4]  # not annotated: spread
+    assert len(view.dense) == 1  # not annotated
     (mark,) = read_marks(path, opened, NAMES)
     assert (mark.episode, mark.dense) == (3, annotations[3].dense)
 
@@ -532,7 +567,8 @@ def test_marks_that_lack_a_head_are_shown_and_completed(opened, tmp_path):
     )
     view("fix")
     assert "nobody has said where sparse subtasks begin" in scrubber.error and read_marks(path, opened, whole) == []
-    view("move", head="sparse", boundary=0, at=6)
+    view("activate", head="sparse")
+    view("split", frame=6)
     view("fix")
     (mark,) = read_marks(path, opened, whole)
     assert mark.sparse[1].start == 6 and mark.dense == dense
@@ -552,10 +588,11 @@ def test_a_head_that_nobody_touched_is_not_saved_with_the_other(opened, tmp_path
     path = tmp_path / "said.yaml"
     scrubber = Scrubber(opened, [], BOTH, order=[3, 0], **{way: path})
     view = View(scrubber)
-    view("move", head="dense", boundary=0, at=5)
+    view("split", frame=5)
     view("fix")
     assert "nobody has said where sparse subtasks begin" in scrubber.error and not path.exists()
-    view("move", head="sparse", boundary=0, at=6)
+    view("activate", head="sparse")
+    view("split", frame=6)
     view("fix")
     assert scrubber.states == {"3": state} and not scrubber.error
     again = Scrubber(opened, [], BOTH, order=[3, 0], **{way: path})  # what was said is not asked for twice
@@ -606,7 +643,10 @@ def test_marking_dense_only_says_nothing_of_the_other_head_and_keeps_what_was_sa
     view = View(scrubber)
     for episode in (3, 0):
         scrubber.show_episode(episode)
-        view("move", head="dense", boundary=0, at=3)
+        if episode == 3:
+            view("move", head="dense", boundary=0, at=3)
+        else:
+            view("split", frame=3)
         view("fix")
         assert scrubber.states[str(episode)] == "marked" and not scrubber.error
     text = path.read_text()
@@ -641,7 +681,7 @@ def test_a_fix_of_one_mode_stays_when_another_mode_corrects_or_accepts(opened, a
     assert said.segments["dense"] == annotations[3].dense, "accepted beside the fix of the other head"
     scrubber = Scrubber(opened, [], NAMES, order=[7], corrections=path)  # an episode that nobody annotated
     view = View(scrubber)
-    view("move", head="dense", boundary=0, at=3)
+    view("split", frame=3)
     view("fix")
     _, said = read_corrections(path, opened)
     assert set(said.segments) == {"dense"} and not said.was

@@ -86,8 +86,10 @@ def test_a_boundary_moved_by_keyboard_is_in_the_file(page, scrubber, path, lab):
     page.keyboard.press("]")
     shows(page, "3:5")  # at the first boundary
     page.keyboard.press(".")
-    page.keyboard.press(".")
+    shows(page, "3:6")
+    page.keyboard.press("ArrowRight")
     shows(page, "3:7")
+    page.keyboard.press("b")  # to where the playhead is
     page.keyboard.press("f")
     says(scrubber, f"fixed, written to {path.name}")
     (correction,) = saved(lab, path)

@@ -69,7 +69,15 @@ def test_steps_that_are_coarser_than_wanted_are_told_with_the_estimate(vlm):
     asked = ask_here(vlm, dataset)
     assert asked.coarse(dataset.episodes[:1]) == ""
     assert "1 of the episodes: more than 1500 steps" in asked.coarse(dataset.episodes)
-    assert str(asked.estimate(dataset.episodes)).endswith("steps of up to 2 s")
+    assert "steps of up to 2 s. 1 of the episodes: an answer has at most 200 segments" in asked.coarse(dataset.episodes)
+    assert str(asked.estimate(dataset.episodes)).endswith("no segment can last less than up to 10 s")
+
+
+@pytest.mark.parametrize(("seconds", "least"), [(2, None), (20, None), (40, "0.2"), (90, "0.5"), (600, "3.0")])
+def test_how_short_a_segment_can_be_named_is_told_where_the_video_is_too_long_for_shorter_ones(vlm, seconds, least):
+    dataset = Clips([30 * seconds], fps=30)
+    told = ask_here(vlm, dataset).coarse(dataset.episodes)
+    assert told.endswith(f"less than up to {least} s") if least else told == ""
 
 
 @pytest.mark.parametrize(

@@ -316,7 +316,7 @@ def estimate(annotator: Annotator, episodes: Sequence[Episode]) -> str:
         return "nothing is asked: annotate.visualize_only is set"
     if not episodes:
         return "nothing is left to annotate"
-    return str(annotator.estimate(episodes)) if hasattr(annotator, "estimate") else "seconds to minutes, no GPU"
+    return str(annotator.estimate(episodes)) if hasattr(annotator, "estimate") else "seconds, no GPU"
 
 
 def require(failures: list[Failure], allowed: bool) -> None:

@@ -34,11 +34,13 @@ from sarm_lib.live import bar
 COMPONENTS = 8  # principal components of each camera's embeddings
 WIDTH, LAYERS, DROPOUT = 48, 4, 0.3
 STEPS, LEARNING_RATE, WEIGHT_DECAY, NOISE, SMOOTHING = 250, 3e-3, 1e-2, 0.3, 0.05
+WINDOW = 512  # frames of a marked episode that a step learns from at most; the net sees 31
 REWIND = 0.8  # how often a marked episode is rewound; SARM's own probability
 MEMBERS = 5  # of the ensemble
 SHARPNESS = 0.65  # neighbouring frames are not independent evidence
 CAUTION = 0.3  # the same where it says how sure it is: then nearly as many boundaries are right as it expects to be
 CHUNK = 2**16  # frames
+LEARNED, DECODED = 3e4, 2e4  # frames a second, of learning and of decoding, on one core: for the estimate
 NO_FRAME = -100  # the label of what pads a shorter episode
 
 
@@ -83,6 +85,12 @@ class PropagateAnnotator:
             "training": digest(sorted(training)),
             "seed": seed,
         }
+
+    def estimate(self, episodes: Sequence[Episode]) -> str:
+        """How long it will take, roughly."""
+        frames = sum(min(WINDOW, mark.length) for mark in self.marks) * STEPS * MEMBERS
+        seconds = frames / LEARNED + sum(episode.length for episode in episodes) / DECODED
+        return f"Estimate: about {max(1, round(seconds / 60))} min on one core, no GPU"
 
     @property
     def members(self) -> range:
@@ -265,11 +273,15 @@ def train(examples: list[tuple[np.ndarray, np.ndarray]], turns: np.ndarray, stat
 def _seen(
     features: np.ndarray, labels: np.ndarray, turns: np.ndarray, rng: np.random.Generator
 ) -> tuple[Tensor, Tensor]:
-    """A marked episode as it is learned from this time: as it was, or rewound."""
+    """A marked episode as it is learned from this time: as it was, or rewound; of a long one a part."""
     if len(labels) > 1 and rng.random() < REWIND:
         order, backwards = rewound(len(labels), rng)
         signs = np.where(backwards[:, None] & turns, -1, 1).astype(features.dtype)
         features, labels = features[order] * signs, labels[order]
+    if len(labels) > WINDOW:
+        middle = int(rng.integers(len(labels)))  # so that the ends are seen as often as what lies between them
+        part = slice(max(0, min(middle - WINDOW // 2, len(labels) - WINDOW)), None)
+        features, labels = features[part][:WINDOW], labels[part][:WINDOW]
     return torch.from_numpy(features), torch.from_numpy(labels)
 
 

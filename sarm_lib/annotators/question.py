@@ -372,15 +372,22 @@ class Interviewer:
             return False
 
     def coarse(self, episodes: Sequence[Episode]) -> str:
-        """What is to be said of episodes that are too long to be asked at the resolution that is wanted; else nothing."""
-        sizes = [time_steps(e.length, self.dataset.fps, self.resolution).size for e in episodes]
-        longer = [size for size in sizes if float(size) > self.resolution]
-        if not longer:
-            return ""
-        return (
-            f". {len(longer)} of the episodes: more than {MAX_STEPS} steps of annotate.time_resolution, so that they are asked in "
-            f"steps of up to {max(longer):f} s"
-        )
+        """What is to be said of episodes that are too long to be asked as finely as is wanted; else nothing."""
+        steps = [time_steps(e.length, self.dataset.fps, self.resolution) for e in episodes]
+        longer = [step.size for step in steps if float(step.size) > self.resolution]
+        told = ""
+        if longer:
+            told += (
+                f". {len(longer)} of the episodes: more than {MAX_STEPS} steps of annotate.time_resolution, so that they are asked in "
+                f"steps of up to {max(longer):f} s"
+            )
+        shortest, *least = [s.gap * s.size for s in (time_steps(2, self.dataset.fps, self.resolution), *steps)]
+        if rough := [seconds for seconds in least if seconds > shortest]:
+            told += (
+                f". {len(rough)} of the episodes: an answer has at most {MAX_SEGMENTS} segments, so that no segment can last less "
+                f"than up to {max(rough):f} s"
+            )
+        return told
 
     @property
     def camera(self) -> str:

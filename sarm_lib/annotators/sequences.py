@@ -7,7 +7,6 @@ Subtasks follow each other as in a hidden Markov model: most often on to the nex
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import logsumexp
 
 from sarm_lib.dataset import Dataset
 
@@ -56,18 +55,19 @@ def entries(log_likelihood: np.ndarray, model: Chain) -> np.ndarray:
     """Probability that state k begins at frame t, coming from another state: (T, K) (forward-backward)."""
     length, count = log_likelihood.shape
     forward, backward = np.zeros((length, count)), np.zeros((length, count))
+    logsum = np.logaddexp.reduce  # scipy's takes fifteen times as long on so few states
     forward[0] = model.log_start + log_likelihood[0]
     for t in range(1, length):
-        forward[t] = logsumexp(forward[t - 1][:, None] + model.log_transition, axis=0) + log_likelihood[t]
+        forward[t] = logsum(forward[t - 1][:, None] + model.log_transition, axis=0) + log_likelihood[t]
     for t in range(length - 2, -1, -1):
-        backward[t] = logsumexp(model.log_transition + log_likelihood[t + 1] + backward[t + 1], axis=1)
-    total = logsumexp(forward[-1])
+        backward[t] = logsum(model.log_transition + log_likelihood[t + 1] + backward[t + 1], axis=1)
+    total = logsum(forward[-1])
     begin = np.zeros((length, count))
     begin[0] = np.exp(forward[0] + backward[0] - total)
     others = model.log_transition.copy()
     np.fill_diagonal(others, -np.inf)
-    for t in range(1, length):
-        begin[t] = np.exp(logsumexp(forward[t - 1][:, None] + others, axis=0) + log_likelihood[t] + backward[t] - total)
+    from_others = logsum(forward[:-1, :, None] + others, axis=1)
+    begin[1:] = np.exp(from_others + log_likelihood[1:] + backward[1:] - total)
     return begin
 
 

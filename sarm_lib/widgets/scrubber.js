@@ -8,7 +8,8 @@ const NEAR = 6; // pixels beside a boundary in which the mouse takes hold of it
 const HELP_EDIT = [
   ["[ ]", "select the boundary before, after"],
   [", .", "move the selected boundary by a frame (with Shift: 10)"],
-  ["s", "split: a new segment begins at this frame"],
+  ["b", "move the selected boundary to this frame"],
+  ["s", "split: a new segment, of the subtask that follows, begins at this frame"],
   ["x", "delete the selected boundary: two segments become one"],
   ["1 … 9", "name the segment at this frame"],
   ["h", "edit the other row"],
@@ -176,6 +177,7 @@ function render({ model, el }) {
     ".": () => command("nudge", { by: 1 }),
     "<": () => command("nudge", { by: -10 }),
     ">": () => command("nudge", { by: 10 }),
+    b: () => command("put", { frame: page.at() }),
     s: () => command("split", { frame: page.at() }),
     x: () => command("merge"),
     h: () => command("activate", { head: heads[(heads.indexOf(get("head")) + 1) % heads.length] }),

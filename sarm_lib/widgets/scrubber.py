@@ -92,11 +92,9 @@ def segment_at(segments: Segments, frame: int) -> int:
     raise AnnotationError(f"frame {frame} lies in no segment")
 
 
-def spread(names: list[str], length: int) -> Segments:
-    """Every subtask once, equally long: where marking starts. One segment where the episode is too short for that."""
-    names = names if length >= SHORTEST * len(names) else names[:1]
-    edges = [round(i * length / len(names)) for i in range(len(names) + 1)]
-    return tuple(Segment(name, edges[i], edges[i + 1] - 1) for i, name in enumerate(names))
+def unmarked(names: list[str], length: int) -> Segments:
+    """Where marking starts: the first subtask from the first frame to the last, so that every boundary is a person's."""
+    return (Segment(names[0], 0, length - 1),)
 
 
 # --- the widget -------------------------------------------------------------------------------------------------------
@@ -106,9 +104,9 @@ class Scrubber(Player):
     """Shows episodes in `order` (worst first) with `reasons` (why one is suspicious), and writes what a person says.
 
     Give `corrections` to verify `annotations`, or `marks` to mark episodes, beginning with `annotations` where there
-    are some; the file need not exist. What it already says is shown. An episode without annotation starts with its
-    subtasks spread evenly, which is nobody's word and cannot be saved as it is. Raises AnnotationError for a file that
-    cannot be read.
+    are some; the file need not exist. What it already says is shown. An episode without annotation starts as one segment
+    of the first subtask, which is nobody's word and cannot be saved until it is split or named. Raises AnnotationError for
+    a file that cannot be read.
     """
 
     _esm = source("player.js", "scrubber.js")
@@ -131,7 +129,7 @@ class Scrubber(Player):
     DRAFTS: ClassVar[dict[tuple, dict[int, tuple[Heads, list[Heads]]]]] = {}
 
     COMMANDS = Player.COMMANDS | frozenset(
-        "activate select move nudge split merge rename undo accept fix reject withdraw".split()
+        "activate select move nudge put split merge rename undo accept fix reject withdraw".split()
     )
 
     def __init__(
@@ -154,6 +152,9 @@ class Scrubber(Player):
         self._saved: dict[int, Heads] = {}  # as the annotation or the file says
         self._verdicts: dict[int, tuple[str, str, str]] = {}  # of an episode: state, why, note
         self._lacking: dict[int, list[str]] = {}  # heads of which nothing is marked, where something is of others
+        self._named: set[tuple[int, str]] = (
+            set()
+        )  # episodes and heads of which a person said what the one segment shows
         if order is None:
             order = sorted(self._annotations) if marks is None else [e.index for e in dataset.episodes]
         super().__init__(
@@ -229,8 +230,13 @@ class Scrubber(Player):
         if self.selected >= 0:
             self.look_at(self._boundaries(self.head)[self.selected].at)
 
+    def put(self, frame: int) -> None:
+        """Move the selected boundary to `frame`, or as near as its neighbours allow."""
+        self._selected_boundary()
+        self.move(self.head, self.selected, frame)
+
     def split(self, frame: int) -> None:
-        """Begin a new segment at `frame`."""
+        """Begin a new segment at `frame`, named as what usually follows."""
         with self.hold_sync():
             self._edit(self.head, split(self._shown[self.head], frame, self._vocabulary[self.head]))
             self._select_at(frame)
@@ -248,6 +254,8 @@ class Scrubber(Player):
         if not 1 <= number <= len(names):
             raise AnnotationError(f"{self.head} has {len(names)} subtasks, there is no number {number}")
         i = segment_at(segments, frame)
+        if segments[i].subtask == names[number - 1]:  # a person agrees with it
+            self._named.add((self.episode, self.head))
         segments[i] = replace(segments[i], subtask=names[number - 1])
         with self.hold_sync():
             self._edit(self.head, tuple(segments))
@@ -286,12 +294,11 @@ class Scrubber(Player):
                 "the episode, or reject it"
             )
         if unsaid := self._unsaid_heads():
-            if len(unsaid) == len(self._asked):
-                raise AnnotationError(
-                    "nobody has said this: the subtasks are only spread evenly. Move a boundary first"
-                )
+            first = self._vocabulary[unsaid[0]][0]
+            other = "" if unsaid[0] == self.head else f" in the {unsaid[0]} row (h)"
             raise AnnotationError(
-                f"nobody has said where {unsaid[0]} subtasks begin, they are only spread evenly: move their boundaries too (h)"
+                f"nobody has said where {unsaid[0]} subtasks begin. Step to the frame where the next one begins and split there "
+                f"(s){other}; where there is none, say that all of the episode is {first!r} (1)"
             )
         length = self._episodes[self.episode].length
         both = {"sparse": None, "dense": None} | self._shown
@@ -403,7 +410,7 @@ class Scrubber(Player):
         """The segments that an episode has before anyone touches them."""
         if episode not in self._history:
             raw, length = self._annotations.get(episode), self._episodes[episode].length
-            first = {h: (raw and raw.head(h)) or spread(names, length) for h, names in self._vocabulary.items()}
+            first = {h: (raw and raw.head(h)) or unmarked(names, length) for h, names in self._vocabulary.items()}
             self._history[episode], self._saved[episode] = [first], first
 
     def _save(self, segments: Heads, episode: int) -> None:
@@ -416,15 +423,16 @@ class Scrubber(Player):
         return self._history[self.episode][-1]
 
     def _unsaid_heads(self) -> list[str]:
-        """Heads that people are asked about and of which nobody has said anything: their subtasks are still spread evenly."""
+        """Heads that people are asked about and of which nobody has said anything: they are still one segment."""
         raw, first = self._annotations.get(self.episode), self._history[self.episode][0]
         said = [head for head in self._asked if raw and raw.head(head)]
         if self.episode in self._lacking:
             said = [head for head in self._asked if head not in self._lacking[self.episode]]
         elif self._verdicts.get(self.episode, ("",))[0] in ("marked", "fixed"):
             said = self._asked
-        spread_evenly = [head for head in self._asked if head not in said and self._shown[head] == first[head]]
-        return [head for head in spread_evenly if len(self._shown[head]) > 1]
+        said = [*said, *(head for head in self._asked if (self.episode, head) in self._named)]
+        asked = [head for head in self._asked if len(self._vocabulary[head]) > 1]  # one name leaves nothing to say
+        return [head for head in asked if head not in said and self._shown[head] == first[head]]
 
     def _left_behind(self) -> str:
         """A boundary that two heads shared as they were annotated, and that one of them has moved away from."""
