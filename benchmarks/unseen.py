@@ -29,6 +29,7 @@ from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -41,6 +42,7 @@ from sarm_lib.annotators import propagate
 from sarm_lib.annotators.keyframes import KeyframeAnnotator
 from sarm_lib.artifacts import code_digest, digest, file_digest, staged
 from sarm_lib.dataset import Dataset
+from sarm_lib.params import read_yaml
 
 FIRST_SEED, SEEDS = 40_000, 1000  # of the first set, and from one set to the next
 HELD_OUT = tuple(val + test for val, test in zip(MIXTURE["val"], MIXTURE["test"], strict=True))  # episodes of each kind
@@ -134,19 +136,32 @@ def doubted(given: list[Annotation], second: list[Annotation], trusted: dict, tr
     return {"confidence": agreement.reliability(truth, given, HEAD, names[HEAD], fps), "suspicion": rows}
 
 
+def read_looks(merged: Dataset) -> Truths:
+    """What an eye said, by episode: a fix, or what was accepted. The episodes are the same on every machine and their pixels are
+    not, so what the looks name is not compared by its bytes; raises AnnotationError where an episode has another length."""
+    named = SimpleNamespace(fingerprint=str(read_yaml(LOOKS)["dataset"]))
+    said = {c.episode: c.segments.get(HEAD) or c.was[HEAD] for c in corrections.read_corrections(LOOKS, named)}
+    lengths = {e.index: e.length for e in merged.episodes}
+    for episode, segments in said.items():
+        if lengths.get(episode) != segments[-1].end + 1:
+            raise AnnotationError(
+                f"{LOOKS.name}, episode {episode}: {segments[-1].end + 1} frames were looked at, and it has {lengths.get(episode)} "
+                "here: these are other episodes (--sets?)"
+            )
+    return said
+
+
 def looked_at(given: list[Annotation], merged: Dataset, stage: np.ndarray, names: dict[str, list[str]]) -> dict:
     """The episodes that were looked at: annotator, eye and simulator, each beside each; and all new ones with what the eye
-    says put in. Raises AnnotationError where the looks are about other episodes (`--sets`, or recorded on another machine)."""
-    truth, said = agreement.truth(stage, merged, names[HEAD]), corrections.read_corrections(LOOKS, merged)
-    reviewed = corrections.apply(given, said, merged, names)
-    looked = {correction.episode for correction in said}
-    annotator, eye = ([a for a in of if a.episode in looked] for of in (given, reviewed.annotations))
-    by_eye = {a.episode: a.dense for a in eye}
+    says put in. Raises AnnotationError where the looks are about other episodes."""
+    truth, by_eye = agreement.truth(stage, merged, names[HEAD]), read_looks(merged)
+    reviewed = [replace(a, dense=by_eye.get(a.episode, a.dense)) for a in given]
+    annotator, eye = ([a for a in of if a.episode in by_eye] for of in (given, reviewed))
     compared = {
         "annotator against simulator": (truth, annotator),
         "eye against simulator": (truth, eye),
         "annotator against eye": (by_eye, annotator),
-        "all new ones, these by eye, against simulator": (truth, reviewed.annotations),
+        "all new ones, these by eye, against simulator": (truth, reviewed),
     }
     rows = {}
     for what, (reference, of) in compared.items():
@@ -155,7 +170,7 @@ def looked_at(given: list[Annotation], merged: Dataset, stage: np.ndarray, names
         rows[what] = agreement.summary(pairs, merged.fps) | {"steps_back": steps}
         if reference is truth:
             rows[what]["flickers"] = flickers(of, stage, merged, names[HEAD])
-    return {"outcomes": pd.Series([o.outcome for o in reviewed.outcomes]).value_counts().to_dict()} | rows
+    return rows
 
 
 def measure(sets: int) -> dict:
@@ -211,7 +226,7 @@ def main() -> None:
             print(who, of, {figure: rows[of].get(figure) for figure in shown})
         print(pd.DataFrame(rows["steps_back"]).to_string(index=False))
     for what, row in found["looks"].items():
-        print(what, {k: row.get(k) for k in shown} if "episodes" in row else row)
+        print(what, {k: row.get(k) for k in shown} if isinstance(row, dict) else row)
 
 
 if __name__ == "__main__":

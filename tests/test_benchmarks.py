@@ -198,7 +198,6 @@ def test_what_an_eye_says_stands_beside_annotator_and_simulator(annotated, tmp_p
     corrections.record_correction(unseen.LOOKS, demos, corrections.of_now(given[0], "accept"))
     corrections.record_correction(unseen.LOOKS, demos, corrections.of_now(given[-1], "fix", {"dense": sees}))
     found = unseen.looked_at(given, demos, stages(demos, truth, names["dense"]), names)
-    assert found.pop("outcomes") == {"accepted": 1, "fixed": 1}
     said = {what: (row["episodes"], row["retries"], row["retry_recall"]) for what, row in found.items()}
     assert said == {
         "annotator against simulator": (2, 2, 0.5),
@@ -223,9 +222,15 @@ def test_short_runs_of_the_simulators_stages_are_flicker(annotated, monkeypatch)
     }
 
 
-def test_looks_at_other_recordings_are_refused(annotated, tmp_path, monkeypatch):
+def test_looks_are_about_episodes_and_not_about_how_a_machine_renders_them(annotated, tmp_path, monkeypatch):
     demos, names, truth, given = annotated
     monkeypatch.setattr(unseen, "LOOKS", tmp_path / "looks.yaml")
-    unseen.LOOKS.write_text("dataset: '0'\ncorrections: []\n")
-    with pytest.raises(annotations.AnnotationError, match="another dataset"):
+    corrections.record_correction(unseen.LOOKS, demos, corrections.of_now(given[0], "accept"))
+    unseen.LOOKS.write_text(unseen.LOOKS.read_text().replace(demos.fingerprint, "f" * 16))
+    assert unseen.read_looks(demos) == {given[0].episode: given[0].dense}
+    length = given[0].length
+    unseen.LOOKS.write_text(unseen.LOOKS.read_text().replace(f", {length - 1}]", f", {length}]"))
+    with pytest.raises(
+        annotations.AnnotationError, match=f"{length + 1} frames were looked at, and it has {length} here"
+    ):
         unseen.looked_at(given, demos, stages(demos, truth, names["dense"]), names)
