@@ -618,9 +618,9 @@ def test_the_estimate_of_propagate_knows_how_much_is_marked():
     marks = [Annotation(i, truth[i][-1].end + 1, "manual", None, truth[i]) for i in (0, 1)]
     names = {"dense": NAMES["dense"]}
     few = propagate.PropagateAnnotator(made, embeddings, marks, names, 0)
-    assert few.estimate(made.episodes) == "Estimate: about 1 min on one core, no GPU"
+    assert few.estimate(made.episodes) == "about 1 min on one core, no GPU"
     few.marks = [replace(mark, length=2700) for mark in marks * 4]
-    assert few.estimate(made.episodes) == "Estimate: about 3 min on one core, no GPU"
+    assert few.estimate(made.episodes) == "about 3 min on one core, no GPU"
     assert annotators.estimate(few, made.episodes) == few.estimate(made.episodes)
 
 

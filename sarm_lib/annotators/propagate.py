@@ -90,7 +90,7 @@ class PropagateAnnotator:
         """How long it will take, roughly."""
         frames = sum(min(WINDOW, mark.length) for mark in self.marks) * STEPS * MEMBERS
         seconds = frames / LEARNED + sum(episode.length for episode in episodes) / DECODED
-        return f"Estimate: about {max(1, round(seconds / 60))} min on one core, no GPU"
+        return f"about {max(1, round(seconds / 60))} min on one core, no GPU"
 
     @property
     def members(self) -> range:
