@@ -16,7 +16,8 @@ from sarm_lib.dataset import Episode, open_dataset
 from sarm_lib.progress import Scores
 from sarm_lib.rabc import RabcWeights
 from sarm_lib.stages import Labels
-from sarm_lib.widgets.explorer import Explorer, Panel, of_scores, of_weights, packed, picture, save_film
+from sarm_lib.widgets.explorer import Explorer, of_scores, of_weights, picture, save_film
+from sarm_lib.widgets.panels import Panel, on_one_axis, packed
 
 from . import lab as in_lab
 from .conftest import LENGTHS, ROOT
@@ -75,10 +76,11 @@ def test_values_arrive_as_float32_of_the_shown_episode(opened):
     assert spec == {
         "title": "φ",
         "kind": "lines",
-        "domain": [0, 1],
         "names": ["up", "down"],
         "colours": list(STAGE_COLOURS[:2]),
         "dashed": [],
+        "domains": [[0, 1], [0, 1]],
+        "shared": True,
     }
     np.testing.assert_array_equal(values(spec, buffer)[0], np.linspace(0, 1, 20, dtype="f4"))
     view("show_episode", episode=0)
@@ -170,6 +172,8 @@ def test_unknown_commands_do_nothing(opened):
         (Panel("φ", {"up": np.zeros(20)}, dashed=("down",)), "dashed names down"),
         (Panel("φ", {"up": np.zeros(20)}, "bars"), "kind is lines or areas, not 'bars'"),
         (Panel("φ", {"up": np.zeros(20)}, domain=(1, 1)), "domain 1 to 1"),
+        (Panel("x", {"up": np.zeros(20)}, own=np.array([0, 1])), r"1 lines, and axes of their own \(2,\)"),
+        (Panel("x", {"up": np.zeros(20)}, "areas", own=np.array([[0, 1]])), "1 areas, and axes of their own"),
     ],
 )
 def test_a_panel_that_is_not_right(opened, panel, said):
@@ -203,9 +207,20 @@ def test_what_cannot_be_shown_is_refused(opened):
         Explorer(opened, lambda episode: {}["gone"])
 
 
+def test_a_line_with_an_axis_of_its_own(opened):
+    panel = Panel("x", {"far": np.linspace(100, 300, 20), "flat": np.ones(20)}, own=np.array([[100, 300], [1, 1]]))
+    spec, sent = packed(panel, opened.episodes[3])
+    assert spec["domains"] == [[90, 310], [0.5, 1.5]] and not spec["shared"]
+    np.testing.assert_array_equal(values(spec, sent)[0], np.linspace(100, 300, 20, dtype="f4"))
+    picture = on_one_axis(panel)
+    assert picture.domain == (0, 1)
+    np.testing.assert_allclose(picture.curves["far"], np.linspace(0, 1, 20))
+    assert Explorer(opened, lambda episode: [panel], order=[3]).still().size[0] > 0
+
+
 def test_a_domain_from_the_values(opened):
     def domain(kind, *curves):
-        return packed(Panel("x", dict(enumerate(curves)), kind, domain=None), opened.episodes[3])[0]["domain"]
+        return packed(Panel("x", dict(enumerate(curves)), kind, domain=None), opened.episodes[3])[0]["domains"][0]
 
     np.testing.assert_allclose(domain("lines", np.linspace(-1, 3, 20)), (-1.2, 3.2))
     assert domain("lines", np.full(20, 4)) == [3.5, 4.5]
@@ -308,7 +323,8 @@ def test_a_film_of_an_episode(opened, scored, tmp_path):
 CODE = """\
 import numpy as np
 from sarm_lib.dataset import open_dataset
-from sarm_lib.widgets.explorer import Explorer, Panel
+from sarm_lib.widgets.explorer import Explorer
+from sarm_lib.widgets.panels import Panel
 def panels(episode):
     t = np.linspace(0, 1, episode.length)
     if episode.index == 1:

@@ -72,6 +72,18 @@ def view(scrubber) -> View:
 # --- what is shown ----------------------------------------------------------------------------------------------------
 
 
+def test_the_state_of_the_shown_episode_arrives_on_axes_of_the_dataset(opened, view):
+    view("send_panels", episode=3)
+    content, (buffer,) = view.received[-1]
+    (spec,) = content["panels"]
+    sent = np.frombuffer(buffer, "<f4").reshape(len(spec["names"]), -1)
+    np.testing.assert_array_equal(sent.T, opened.states[opened.episodes[3].rows])
+    low, high = np.array(spec["domains"]).T
+    assert not spec["shared"] and np.all(low < opened.states.min(0)) and np.all(high > opened.states.max(0))
+    view("send_panels", episode=0)  # asked for before the person went on
+    assert len(view.received) == 1
+
+
 def test_it_opens_on_the_most_suspicious_episode(opened, annotations, tmp_path):
     reasons = {3: "grasp is short"}
     shown = Scrubber(opened, annotations, NAMES, order=[3, 0], reasons=reasons, corrections=tmp_path / "c.yaml")

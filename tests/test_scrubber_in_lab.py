@@ -7,7 +7,7 @@ import pytest
 
 from sarm_lib.annotations import Segment
 from sarm_lib.corrections import read_corrections
-from sarm_lib.dataset import open_dataset
+from sarm_lib.dataset import open_dataset, vector_names
 
 from .conftest import LENGTHS
 from .lab import CHROMIUM, VIEWPORT, open_notebook, run_cell, shows
@@ -56,7 +56,7 @@ def says(scrubber, text: str) -> None:
 
 
 def pixels(scrubber) -> list[str]:
-    return scrubber.locator("canvas").evaluate_all("all => all.map(c => c.toDataURL())")
+    return scrubber.locator("figure canvas").evaluate_all("all => all.map(c => c.toDataURL())")
 
 
 def saved(lab, path: Path) -> list:
@@ -79,6 +79,30 @@ def test_it_opens_and_the_slider_shows_another_frame(page, scrubber):
     page.keyboard.press("Home")
     shows(page, "3:0")
     assert pixels(scrubber) == before
+
+
+def test_the_state_moves_along_and_a_component_can_be_left_alone(page, scrubber, lab):
+    page.locator(".sarm-scrubber[data-panels='3']").wait_for()
+    dataset = open_dataset(lab[1] / "dataset")
+    shown = dataset.states[dataset.episodes[3].rows]
+    names = scrubber.locator(".curve").all_inner_texts()
+    assert [text.split()[0] for text in names] == vector_names(dataset, dataset.state_key)
+    plot, drawn = scrubber.locator(".plot"), scrubber.locator(".plot canvas")
+    plot.scroll_into_view_if_needed()
+    box = plot.bounding_box()
+    page.mouse.click(box["x"] + 7.5 / LENGTHS[3] * box["width"], box["y"] + 10)
+    shows(page, "3:7")
+    readings = [float(text.replace("−", "-")) for text in scrubber.locator(".curve b").all_inner_texts()]
+    assert readings == pytest.approx(shown[7].tolist(), abs=0.006)
+    before = drawn.evaluate("canvas => canvas.toDataURL()")
+    scrubber.locator(".curve").first.click()
+    assert scrubber.locator(".curve.pale").count() == len(names) - 1
+    assert drawn.evaluate("canvas => canvas.toDataURL()") != before
+    page.keyboard.press("n")
+    page.locator(".sarm-scrubber[data-panels='0']").wait_for()
+    assert scrubber.locator(".curve.pale").count() == len(names) - 1  # in the next episode too
+    scrubber.locator(".curve").first.click()
+    assert scrubber.locator(".curve.pale").count() == 0
 
 
 def test_a_boundary_moved_by_keyboard_is_in_the_file(page, scrubber, path, lab):

@@ -1,41 +1,24 @@
 """The explorer: look at an episode frame by frame, with curves that move along. It reads, and changes nothing.
 
 Frames of all cameras stand over any number of panels: progress and its target, stage probabilities, weights, actions.
-Only the episode that is shown is asked for its panels, which travel as float32 in a message of their own: a saved notebook
-does not hold them. explorer.js draws.
+Only the episode that is shown is asked for its panels. explorer.js draws.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 from PIL import Image
 
 from sarm_lib import charts
-from sarm_lib.charts import ACCENT, PREDICTED, STAGE_COLOURS, TARGET, TRUTH
-from sarm_lib.dataset import Dataset, Episode, vector_names
+from sarm_lib.charts import ACCENT, PREDICTED, TARGET, TRUTH
+from sarm_lib.dataset import Dataset, Episode
 from sarm_lib.progress import Scores
 from sarm_lib.rabc import RabcWeights
 from sarm_lib.stages import Labels
+from sarm_lib.widgets.panels import Panel, actions, on_one_axis, packed
 from sarm_lib.widgets.player import Player, source
-
-
-@dataclass(frozen=True)
-class Panel:
-    """Curves over the frames of one episode, drawn on one pair of axes.
-
-    curves: name: (T,) values, one a frame; the first is drawn on top. `areas` are stacked, the first at the bottom.
-    domain: of the values, None for what the curves need. colours: of the curves, None for those of the stages.
-    """
-
-    title: str
-    curves: dict[str, np.ndarray]
-    kind: Literal["lines", "areas"] = "lines"
-    domain: tuple[float, float] | None = (0, 1)
-    colours: list[str] | None = None
-    dashed: tuple[str, ...] = ()  # names of curves
 
 
 class Explorer(Player):
@@ -44,8 +27,8 @@ class Explorer(Player):
     Raises ValueError for panels of the first episode that are not right; those of a later one are told in the view.
     """
 
-    _esm = source("player.js", "explorer.js")
-    _css = source("player.css", "explorer.css")
+    _esm = source("player.js", "panels.js", "explorer.js")
+    _css = source("player.css", "panels.css", "explorer.css")
 
     COMMANDS = Player.COMMANDS | {"send_panels"}
     ASKING = Player.ASKING | {"send_panels"}
@@ -109,44 +92,6 @@ class Explorer(Player):
         return [packed(panel, episode) for panel in panels]
 
 
-def packed(panel: Panel, episode: Episode) -> tuple[dict, bytes]:
-    """A panel as the view takes it: what to draw, and (curves, T) float32, little-endian.
-
-    Raises ValueError naming episode, panel and curve.
-    """
-    where, names, rows = f"episode {episode.index}, panel {panel.title!r}", list(panel.curves), []
-    colours = panel.colours or [STAGE_COLOURS[i % len(STAGE_COLOURS)] for i in range(len(names))]
-    if panel.kind not in ("lines", "areas"):
-        raise ValueError(f"{where}: kind is lines or areas, not {panel.kind!r}")
-    if not names or len(colours) != len(names):
-        raise ValueError(f"{where}: {len(names)} curves and {len(colours)} colours")
-    if not set(panel.dashed) <= set(names):
-        raise ValueError(f"{where}: dashed names {', '.join(set(panel.dashed) - set(names))}, which is no curve")
-    for name, given in panel.curves.items():
-        values = np.asarray(given, dtype="<f4")
-        if values.shape != (episode.length,):
-            raise ValueError(f"{where}, curve {name!r}: values {values.shape} for {episode.length} frames")
-        bad = np.flatnonzero(~np.isfinite(values))
-        if len(bad):
-            raise ValueError(f"{where}, curve {name!r}: {len(bad)} values are not finite, first at frame {bad[0]}")
-        if panel.kind == "areas" and values.min() < 0:
-            raise ValueError(f"{where}, curve {name!r}: below 0 at frame {values.argmin()}, which no stack can show")
-        rows.append(values)
-    stacked = np.stack(rows)
-    low, high = panel.domain or _domain(stacked.sum(0, keepdims=True) if panel.kind == "areas" else stacked, panel.kind)
-    if not low < high:
-        raise ValueError(f"{where}: domain {low} to {high}")
-    spec = {"title": panel.title, "kind": panel.kind, "domain": [float(low), float(high)]}
-    return spec | {"names": names, "colours": list(colours), "dashed": list(panel.dashed)}, stacked.tobytes()
-
-
-def _domain(values: np.ndarray, kind: str) -> tuple[float, float]:
-    """What holds all values with a margin; areas stand on 0, and a constant has room on both sides."""
-    low, high = (0.0 if kind == "areas" else float(values.min())), float(values.max())
-    margin = 0.05 * (high - low) or 0.5
-    return (0.0 if kind == "areas" else low - margin), high + margin
-
-
 def still(
     dataset: Dataset, episode: Episode, panels: list[Panel], labels: list[str] | None = None, title: str | None = None
 ) -> Image.Image:
@@ -156,18 +101,15 @@ def still(
     return charts.episode(
         dataset.read_frames(episode, dataset.image_keys[0], frames),
         labels or [f"{frame / dataset.fps:.2f} s" for frame in frames],
-        [charts.panel(p.title, p.curves, dataset.fps, p.kind, p.domain, p.colours, p.dashed, height) for p in panels],
+        [
+            charts.panel(p.title, p.curves, dataset.fps, p.kind, p.domain, p.colours, p.dashed, height)
+            for p in map(on_one_axis, panels)
+        ],
         title or episode.title,
     )
 
 
 # --- what a reward model says, and what comes of it -----------------------------------------------------------------------
-
-
-def actions(dataset: Dataset, episode: Episode) -> Panel:
-    """What the robot was told to do."""
-    names = vector_names(dataset, "action")
-    return Panel("action", dict(zip(names, dataset.actions[episode.rows].T, strict=True)), domain=None)
 
 
 def of_scores(

@@ -1,5 +1,5 @@
-// The scrubber's view: under the player's frames stand the segments of every head. The kernel (scrubber.py) owns them and
-// every edit; this draws them, and turns keys and the mouse into commands.
+// The scrubber's view: under the player's frames stand the segments of every head, and the robot's state. The kernel
+// (scrubber.py) owns them and every edit; this draws them, and turns keys and the mouse into commands.
 
 const OPEN = ["edited", "unfit", "outdated"]; // states of episodes that wait for a look
 const SURE = 0.9; // a boundary of less confidence looks doubtful: the lowest row of notebook 02's table
@@ -31,7 +31,11 @@ function render({ model, el }) {
   const bars = Object.fromEntries(heads.map((head) => [head, make("div", { className: "bar" })]));
   const names = make("div", { className: "row names" });
   for (const head of heads) tracks.append(label(head), bars[head]);
-  tracks.append(label("name it"), names);
+  const state = panelStack(page, () => {
+    state.draw();
+    page.drawPlayhead();
+  });
+  tracks.append(state.node, label("name it"), names);
   const why = make("input", { type: "text", className: "why", placeholder: "why (optional)" });
   const decide = (name) => command(name, { why: why.value });
   const verdicts = marking
@@ -135,6 +139,7 @@ function render({ model, el }) {
     for (const head of heads) bars[head].lastChild.style.left = `${place(frame + 0.5)}%`;
     const here = heads.map((head) => get("segments")[head].find(([, start, end]) => start <= frame && frame <= end));
     const said = here.map((segment) => (segment ? segment[0] : "—")).join(" / ");
+    state.playhead(frame);
     time.textContent = `${frame} of ${get("length") - 1} · ${page.clock(frame)} · ${said}`;
   }
 
@@ -186,14 +191,30 @@ function render({ model, el }) {
     ...(marking ? {} : { a: () => decide("accept"), r: () => decide("reject") }),
   };
 
-  const view = { began: sign, drawn: draw, spanned: drawBars, playhead: drawPlayhead, busy: () => drag, keys, fields: [why] };
   const stop = page.start(
-    { ...view, status: () => get("status") },
+    {
+      began() {
+        state.began();
+        sign();
+      },
+      spanned() {
+        state.draw();
+        drawBars();
+      },
+      drawn: draw, playhead: drawPlayhead, message: state.receive, busy: () => drag || state.busy(),
+      status: () => get("status"), keys, fields: [why],
+    },
     ["segments", "boundaries", "selected", "head", "states", "status"],
   );
+  const sized = new ResizeObserver(() => {
+    state.draw();
+    page.drawPlayhead();
+  });
+  sized.observe(bars[heads[0]]); // as wide as the plot
   ["change:why", "change:states"].forEach((said) => model.on(said, sign));
   return () => {
     stop();
+    sized.disconnect();
     ["change:why", "change:states"].forEach((said) => model.off(said, sign));
   };
 }

@@ -16,6 +16,7 @@ from sarm_lib import corrections as files
 from sarm_lib.annotations import Annotation, AnnotationError, Segment, validate, violations
 from sarm_lib.charts import STAGE_COLOURS, annotated_episode, middles
 from sarm_lib.dataset import Dataset
+from sarm_lib.widgets.panels import packed, state
 from sarm_lib.widgets.player import Player, source
 
 Segments = tuple[Segment, ...]
@@ -109,8 +110,8 @@ class Scrubber(Player):
     a file that cannot be read.
     """
 
-    _esm = source("player.js", "scrubber.js")
-    _css = source("player.css", "scrubber.css")
+    _esm = source("player.js", "panels.js", "scrubber.js")
+    _css = source("player.css", "panels.css", "scrubber.css")
 
     mode = traitlets.Enum(("verify", "mark")).tag(sync=True)
     vocabulary = traitlets.Dict().tag(sync=True)  # head: names
@@ -129,8 +130,9 @@ class Scrubber(Player):
     DRAFTS: ClassVar[dict[tuple, dict[int, tuple[Heads, list[Heads]]]]] = {}
 
     COMMANDS = Player.COMMANDS | frozenset(
-        "activate select move nudge put split merge rename undo accept fix reject withdraw".split()
+        "send_panels activate select move nudge put split merge rename undo accept fix reject withdraw".split()
     )
+    ASKING = Player.ASKING | {"send_panels"}
 
     def __init__(
         self,
@@ -152,9 +154,8 @@ class Scrubber(Player):
         self._saved: dict[int, Heads] = {}  # as the annotation or the file says
         self._verdicts: dict[int, tuple[str, str, str]] = {}  # of an episode: state, why, note
         self._lacking: dict[int, list[str]] = {}  # heads of which nothing is marked, where something is of others
-        self._named: set[tuple[int, str]] = (
-            set()
-        )  # episodes and heads of which a person said what the one segment shows
+        # Episodes and heads of which a person said what the one segment shows.
+        self._named: set[tuple[int, str]] = set()
         if order is None:
             order = sorted(self._annotations) if marks is None else [e.index for e in dataset.episodes]
         super().__init__(
@@ -185,6 +186,12 @@ class Scrubber(Player):
         return annotated_episode(*given, f"episode {shown.index}")
 
     # --- commands: the view sends them, and tests call them -----------------------------------------------------------
+
+    def send_panels(self, episode: int) -> None:
+        """Send the robot's state: where the gripper closes or a joint turns back, a boundary is not far."""
+        if episode == self.episode:
+            spec, values = packed(state(self._dataset, self._episodes[episode]), self._episodes[episode])
+            self.send({"episode": episode, "panels": [spec]}, buffers=[values])
 
     def show_episode(self, episode: int) -> None:
         """Show an episode; edits of the one before stay as a draft."""
