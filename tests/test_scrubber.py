@@ -229,7 +229,7 @@ def test_gaps_have_two_boundaries_and_close():
 @given(st.integers(4, 60), st.lists(st.tuples(st.sampled_from("msx"), st.integers(-5, 70), st.integers(0, 9))))
 def test_no_edit_makes_an_invalid_annotation(length, edits):
     names = ["a", "b", "c"]
-    segments = unmarked(names, length)
+    segments = split(unmarked(names, length), length // 2, names)
     for kind, frame, which in edits:
         found = boundaries(segments, length)
         try:
@@ -466,7 +466,7 @@ def test_marking_starts_with_one_segment_and_every_boundary_is_a_persons(opened,
     path = tmp_path / "marks.yaml"
     scrubber = Scrubber(opened, [], NAMES, order=[3, 0], marks=path)
     view = View(scrubber)
-    assert scrubber.mode == "mark" and view.dense == [["reach", 0, 19]]
+    assert scrubber.mode == "mark" and view.dense == [["", 0, 19]]
     for refused in ("accept", "reject"):
         view(refused)
         assert scrubber.error
@@ -506,16 +506,24 @@ def test_what_nobody_said_is_not_saved(opened, annotations, tmp_path):
         view("fix")
         assert "nobody has said" in scrubber.error and not path.exists()
         view("split", frame=5)
+        view("rename", frame=0, number=1)  # it is named so already
+        view("undo")
+        view("fix")
+        assert "nobody has said" in scrubber.error and not path.exists()
+        view("split", frame=5)
         view("fix")
         assert scrubber.states == {"3": state} and path.exists()
 
 
 def test_an_episode_of_one_subtask_can_be_marked_by_saying_so(opened, tmp_path):
-    """It is named, which changes nothing; where the vocabulary has one name there is nothing to say."""
+    """It is named; where the vocabulary has one name there is nothing to say."""
     path = tmp_path / "marks.yaml"
-    scrubber = Scrubber(opened, [], NAMES, order=[3, 0], marks=path)
-    view = View(scrubber)
+    view = View(Scrubber(opened, [], NAMES, order=[3, 0], marks=path))
     view("rename", frame=0, number=1)
+    assert view.scrubber.states == {"3": "edited"} and view.dense == [["reach", 0, 19]]
+    scrubber = Scrubber(opened, [], NAMES, order=[3, 0], marks=path)  # a cell that runs again
+    view = View(scrubber)
+    assert view.dense == [["reach", 0, 19]]
     view("fix")
     assert scrubber.states == {"3": "marked"}
     view("show_episode", episode=0)
@@ -533,8 +541,10 @@ def test_a_boundary_is_put_where_the_playhead_is(view, scrubber):
     before = view.dense
     view("put", frame=before[0][2] + 3)
     assert view.dense[0] == [before[0][0], 0, before[0][2] + 2] and view.dense[1][1] == before[0][2] + 3
-    view("put", frame=0)  # no further than its neighbours allow
-    assert view.dense[0][2] == SHORTEST - 1
+    put = view.dense
+    for frame in (0, put[1][2] + 1):  # in front of the episode's second frame, and behind the next boundary
+        view("put", frame=frame)
+        assert "can be put at frames" in scrubber.error and view.dense == put
 
 
 def test_marking_starts_with_what_the_annotator_says(opened, annotations, tmp_path):
@@ -744,11 +754,24 @@ def test_one_stage_has_nothing_to_fix(opened, tmp_path):
     assert "nothing to fix" in scrubber.error and not (tmp_path / "c.yaml").exists()
 
 
-def test_two_of_a_name_side_by_side_are_pointed_out(view, scrubber):
+def test_two_of_a_name_side_by_side_are_pointed_out_whatever_made_them(view, scrubber):
     view("rename", frame=6, number=1)
     assert "two segments of 'reach' stand side by side" in scrubber.status
     view("rename", frame=6, number=2)
     assert scrubber.status == ""
+    view("split", frame=15)  # within the last subtask, which nothing follows
+    assert "two segments of 'lift'" in scrubber.status
+    view("split", frame=12)  # and another pair of them
+    assert "two segments of 'lift'" in scrubber.status
+    view("undo")
+    view("undo")
+    view("split", frame=2)  # a grasp before the one that is there
+    assert "two segments of 'grasp'" in scrubber.status
+    view("rename", frame=7, number=3)
+    view("rename", frame=12, number=2)
+    view("select", step=1, frame=3)
+    view("merge")  # what stood between two of a kind is gone
+    assert "two segments of 'grasp'" in scrubber.status
 
 
 def teardown_module():

@@ -71,7 +71,8 @@ function render({ model, el }) {
     bar.replaceChildren();
     for (const [name, start, end] of segments) {
       const colour = colourOf(head, name), seconds = ((end - start + 1) / get("fps")).toFixed(2);
-      const box = make("div", { className: "segment", title: `${name}: frames ${start} to ${end} (${seconds} s)` }, name);
+      const called = name || "not marked yet", title = `${called}: frames ${start} to ${end} (${seconds} s)`;
+      const box = make("div", { className: "segment", title }, name ? name : `${called}: split (s) where the second subtask begins`);
       Object.assign(box.style, { left: `${place(start)}%`, width: `${place(end + 1) - place(start)}%` });
       Object.assign(box.style, { background: colour, color: readableOn(colour) });
       bar.append(box);
@@ -138,7 +139,7 @@ function render({ model, el }) {
   function drawPlayhead(frame) {
     for (const head of heads) bars[head].lastChild.style.left = `${place(frame + 0.5)}%`;
     const here = heads.map((head) => get("segments")[head].find(([, start, end]) => start <= frame && frame <= end));
-    const said = here.map((segment) => (segment ? segment[0] : "—")).join(" / ");
+    const said = here.map((segment) => (segment && segment[0]) || "—").join(" / ");
     state.playhead(frame);
     time.textContent = `${frame} of ${get("length") - 1} · ${page.clock(frame)} · ${said}`;
   }

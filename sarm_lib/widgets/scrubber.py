@@ -5,6 +5,8 @@ files are the result, so it never has to be waited for: a notebook shows it and 
 commands; every edit is made and checked here.
 """
 
+import itertools
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,6 +24,7 @@ from sarm_lib.widgets.player import Player, source
 Segments = tuple[Segment, ...]
 Heads = dict[str, Segments]
 SHORTEST = 2  # frames of a segment: the gate refuses one without a duration
+UNSAID = ""  # the subtask of a segment that nobody has named: no vocabulary has it, and the gate refuses it
 
 
 # --- edits: each keeps a valid head valid ----------------------------------------------------------------------------
@@ -76,9 +79,10 @@ def removed(segments: Segments, boundary: Boundary) -> Segments:
 
 
 def split(segments: Segments, frame: int, names: list[str]) -> Segments:
-    """A new segment from `frame` on, named as what usually follows. Raises AnnotationError where there is no room."""
+    """A new segment from `frame` on, named as what usually follows; what nobody has named begins with the first subtask.
+    Raises AnnotationError where there is no room."""
     i = segment_at(segments, frame)
-    cut = segments[i]
+    cut = segments[i] if segments[i].subtask != UNSAID else replace(segments[i], subtask=names[0])
     if frame - cut.start < SHORTEST or cut.end - frame + 1 < SHORTEST:
         raise AnnotationError(f"frame {frame} is too near to an end of {cut.subtask!r} ({cut.start} to {cut.end})")
     following = names[min(names.index(cut.subtask) + 1, len(names) - 1)] if cut.subtask in names else names[0]
@@ -94,8 +98,16 @@ def segment_at(segments: Segments, frame: int) -> int:
 
 
 def unmarked(names: list[str], length: int) -> Segments:
-    """Where marking starts: the first subtask from the first frame to the last, so that every boundary is a person's."""
-    return (Segment(names[0], 0, length - 1),)
+    """Where marking starts: one segment that nobody has named, so that every boundary is a person's; one name leaves nothing
+    to say."""
+    return (Segment(UNSAID if len(names) > 1 else names[0], 0, length - 1),)
+
+
+def twins(segments: Segments) -> Counter[str]:
+    """How often two segments of a subtask stand side by side: the first one counts as a try that failed."""
+    return Counter(
+        a.subtask for a, b in itertools.pairwise(segments) if a.subtask == b.subtask and a.end + 1 == b.start
+    )
 
 
 # --- the widget -------------------------------------------------------------------------------------------------------
@@ -106,8 +118,7 @@ class Scrubber(Player):
 
     Give `corrections` to verify `annotations`, or `marks` to mark episodes, beginning with `annotations` where there
     are some; the file need not exist. What it already says is shown. An episode without annotation starts as one segment
-    of the first subtask, which is nobody's word and cannot be saved until it is split or named. Raises AnnotationError for
-    a file that cannot be read.
+    without a name, which cannot be saved until it is split or named. Raises AnnotationError for a file that cannot be read.
     """
 
     _esm = source("player.js", "panels.js", "scrubber.js")
@@ -154,8 +165,6 @@ class Scrubber(Player):
         self._saved: dict[int, Heads] = {}  # as the annotation or the file says
         self._verdicts: dict[int, tuple[str, str, str]] = {}  # of an episode: state, why, note
         self._lacking: dict[int, list[str]] = {}  # heads of which nothing is marked, where something is of others
-        # Episodes and heads of which a person said what the one segment shows.
-        self._named: set[tuple[int, str]] = set()
         if order is None:
             order = sorted(self._annotations) if marks is None else [e.index for e in dataset.episodes]
         super().__init__(
@@ -238,8 +247,13 @@ class Scrubber(Player):
             self.look_at(self._boundaries(self.head)[self.selected].at)
 
     def put(self, frame: int) -> None:
-        """Move the selected boundary to `frame`, or as near as its neighbours allow."""
-        self._selected_boundary()
+        """Move the selected boundary to `frame`. Raises AnnotationError where a neighbour is in the way."""
+        boundary = self._selected_boundary()
+        if not boundary.low <= frame <= boundary.high:
+            raise AnnotationError(
+                f"the selected boundary (frame {boundary.at}) can be put at frames {boundary.low} to {boundary.high}, between its "
+                f"neighbours: for frame {frame} select another one ([ and ]), move that first, or split there (s)"
+            )
         self.move(self.head, self.selected, frame)
 
     def split(self, frame: int) -> None:
@@ -261,16 +275,8 @@ class Scrubber(Player):
         if not 1 <= number <= len(names):
             raise AnnotationError(f"{self.head} has {len(names)} subtasks, there is no number {number}")
         i = segment_at(segments, frame)
-        if segments[i].subtask == names[number - 1]:  # a person agrees with it
-            self._named.add((self.episode, self.head))
         segments[i] = replace(segments[i], subtask=names[number - 1])
-        with self.hold_sync():
-            self._edit(self.head, tuple(segments))
-            if any(s.subtask == names[number - 1] for s in [*segments[max(0, i - 1) : i], *segments[i + 1 : i + 2]]):
-                self.status = (
-                    f"two segments of {names[number - 1]!r} stand side by side now: the first one counts as a try that failed. "
-                    "If it is one, select the boundary between them and delete it"
-                )
+        self._edit(self.head, tuple(segments))
 
     def undo(self) -> None:
         """Take back the last edit of this episode."""
@@ -304,7 +310,7 @@ class Scrubber(Player):
             first = self._vocabulary[unsaid[0]][0]
             other = "" if unsaid[0] == self.head else f" in the {unsaid[0]} row (h)"
             raise AnnotationError(
-                f"nobody has said where {unsaid[0]} subtasks begin. Step to the frame where the next one begins and split there "
+                f"nobody has said where {unsaid[0]} subtasks begin. Step to the frame where the second one begins and split there "
                 f"(s){other}; where there is none, say that all of the episode is {first!r} (1)"
             )
         length = self._episodes[self.episode].length
@@ -431,15 +437,7 @@ class Scrubber(Player):
 
     def _unsaid_heads(self) -> list[str]:
         """Heads that people are asked about and of which nobody has said anything: they are still one segment."""
-        raw, first = self._annotations.get(self.episode), self._history[self.episode][0]
-        said = [head for head in self._asked if raw and raw.head(head)]
-        if self.episode in self._lacking:
-            said = [head for head in self._asked if head not in self._lacking[self.episode]]
-        elif self._verdicts.get(self.episode, ("",))[0] in ("marked", "fixed"):
-            said = self._asked
-        said = [*said, *(head for head in self._asked if (self.episode, head) in self._named)]
-        asked = [head for head in self._asked if len(self._vocabulary[head]) > 1]  # one name leaves nothing to say
-        return [head for head in asked if head not in said and self._shown[head] == first[head]]
+        return [head for head in self._asked if self._shown[head][0].subtask == UNSAID]
 
     def _left_behind(self) -> str:
         """A boundary that two heads shared as they were annotated, and that one of them has moved away from."""
@@ -476,8 +474,14 @@ class Scrubber(Player):
                 f"base.annotation_mode does not ask about {head} segments: the whole episode is one stage"
             )
         if segments != self._shown[head]:
+            new = twins(segments) - twins(self._shown[head])
             self._history[self.episode].append(self._shown | {head: segments})
             self.status = self._left_behind()
+            if new:
+                self.status = (
+                    f"two segments of {min(new)!r} stand side by side now: the first one counts as a try that failed. If they are one, "
+                    "select the boundary between them and delete it (x); if one of them is another subtask, name it (1 … 9)"
+                )
             self._publish()
 
     def _record(self, correction: files.Correction) -> None:
