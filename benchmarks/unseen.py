@@ -10,8 +10,8 @@ sets from other seeds (`FIRST_SEED`). Beside it stand the settings that were in 
 `keyframes`, and the same network taught the simulator's truth of all training episodes: so much would perfect marks of all of
 them give, with these settings, and with four times as many components of the embeddings, which eight marks are too few for.
 
-Retries have 95 % intervals by bootstrap over episodes. `flickers` has the new episodes' retries by the time below which a run of
-the simulator's stages is flicker and no subtask (`agreement.FLICKER` elsewhere): so long has a step back to last to be found.
+Retries have 95 % intervals by bootstrap over episodes. `lasting` has those whose step back lasts at least so long, by the
+simulator: so long has a step back to last to be found.
 `suspicion` is the share of the wrong frames in the first tenth and fifth of the new episodes, most suspicious first, as notebook 02
 orders them, and what all new episodes are like once these are as the simulator says: so much would a person who sees what the
 simulator says gain by looking at no more than these.
@@ -108,16 +108,22 @@ def figures(given: list[Annotation], stage: np.ndarray, merged: Dataset, names: 
         "demo": agreement.summary([c for c in pairs if c.episode < first_new], merged.fps),
         "new": agreement.summary(new, merged.fps) | interval(new, np.random.default_rng(0)),
         "sets": [agreement.summary(of, merged.fps) for of in sets],
-        "flickers": flickers([a for a in given if a.episode >= first_new], stage, merged, names),
+        "lasting": lasting(new, merged.fps),
         "kinds": {kind: row.dropna().to_dict() for kind, row in kinds.iterrows()},
         "steps_back": agreement.by_step(new).to_dict("records"),
     }
 
 
-def flickers(given: list[Annotation], stage: np.ndarray, merged: Dataset, names: list[str]) -> dict:
-    """Retries of all held-out episodes that are given, by the time below which the simulator's stages flicker."""
-    found = agreement.by_flicker(stage, merged, given, names, {"given": ("val", "test")})
-    return {shortest: row["given"] for shortest, row in found.items()}
+def lasting(pairs: list[agreement.Comparison], fps: float) -> dict:
+    """Retries whose step back lasts at least so long: how many, and which share is found, with its 95 % interval."""
+    found, rng = agreement.by_length(pairs, fps), np.random.default_rng(0)
+    for least, row in zip(agreement.LASTING, found.values(), strict=True):
+        steps = [[hit for *_, frames, hit in c.steps_back if frames >= least * fps] for c in pairs]
+        counts = np.array([(sum(hits), len(hits)) for hits in steps])
+        hit, of = counts[rng.integers(len(counts), size=(10_000, len(counts)))].sum(1).T
+        rates = hit[of > 0] / of[of > 0]
+        row["retry_recall_95"] = np.quantile(rates, (0.025, 0.975)).round(3).tolist() if len(rates) else None
+    return found
 
 
 def doubted(given: list[Annotation], second: list[Annotation], trusted: dict, truth: Truths, names: dict, fps: float) -> dict:
@@ -138,9 +144,13 @@ def doubted(given: list[Annotation], second: list[Annotation], trusted: dict, tr
 
 def read_looks(merged: Dataset) -> Truths:
     """What an eye said, by episode: a fix, or what was accepted. The episodes are the same on every machine and their pixels are
-    not, so what the looks name is not compared by its bytes; raises AnnotationError where an episode has another length."""
+    not, so what the looks name is not compared by its bytes; raises AnnotationError where an episode has another length, or was
+    rejected, which says nothing of its subtasks."""
     named = SimpleNamespace(fingerprint=str(read_yaml(LOOKS)["dataset"]))
-    said = {c.episode: c.segments.get(HEAD) or c.was[HEAD] for c in corrections.read_corrections(LOOKS, named)}
+    looks = corrections.read_corrections(LOOKS, named)
+    if rejected := [c.episode for c in looks if c.verdict == "reject"]:
+        raise AnnotationError(f"{LOOKS.name}: episodes {rejected} were rejected, and nobody has said what is seen in them")
+    said = {c.episode: c.segments.get(HEAD) or c.was[HEAD] for c in looks}
     lengths = {e.index: e.length for e in merged.episodes}
     for episode, segments in said.items():
         if lengths.get(episode) != segments[-1].end + 1:
@@ -168,8 +178,7 @@ def looked_at(given: list[Annotation], merged: Dataset, stage: np.ndarray, names
         pairs = agreement.compare_all(reference, of, HEAD, names[HEAD], merged.fps)
         steps = agreement.by_step(pairs).to_dict("records")
         rows[what] = agreement.summary(pairs, merged.fps) | {"steps_back": steps}
-        if reference is truth:
-            rows[what]["flickers"] = flickers(of, stage, merged, names[HEAD])
+        rows[what]["lasting"] = lasting(pairs, merged.fps)
     return rows
 
 

@@ -22,8 +22,10 @@ TOLERANCE = 0.5  # seconds
 WITHIN = 0.1  # seconds: a boundary is where an annotator says
 SURE = (0.9, 0.99)  # confidences that part the rows of `reliability`
 FLICKER = 0.15  # seconds; a truth that is read off thresholds flickers: shorter runs belong to the run before them
-# What counts as a retry hangs on it, so figures of retries are given for all of these.
-FLICKERS = (0.0, 0.1, 0.125, FLICKER, 0.175, 0.2, 0.25)
+# What counts as a retry hangs on it, so figures of retries are given for all of these. Longer ones would take subtasks for
+# flicker (the demo's lift lasts 0.175 s), and with them retries whatever the step back lasts: for that see `by_length`.
+FLICKERS = (0.0, 0.1, 0.125, FLICKER)
+LASTING = (0.0, 0.2, 0.25, 0.375, 0.5, 1.0)  # seconds that a step back lasts at least: rows of `by_length`
 
 SCORED = {"val": ("val",), "test": ("test",), "val and test": ("val", "test")}  # splits that a truth is compared with
 
@@ -44,7 +46,8 @@ class Comparison:
 
     errors: (n,) frames between matched boundaries, the tolerance for a missed one.
     confusion: (K, K) frames, rows the reference.
-    steps_back: the reference's retries, by the subtask that was given up and the one gone back to; and whether it was found.
+    steps_back: the reference's retries: the subtask that was given up, the one gone back to, for how many frames, and whether it
+    was found.
     """
 
     episode: int
@@ -58,7 +61,7 @@ class Comparison:
     retries_missed: int
     retries_extra: int
     confusion: np.ndarray
-    steps_back: tuple[tuple[str, str, bool], ...]
+    steps_back: tuple[tuple[str, str, int, bool], ...]
 
 
 def frame_labels(segments: Segments, names: list[str], length: int) -> np.ndarray:
@@ -93,7 +96,11 @@ def compare(
     ours, theirs = _boundaries(reference, names), _boundaries(other, names)
     pairs = _match(ours, theirs, limit)
     retries = {x for x, _ in _match([x for x in ours if x[2]], [x for x in theirs if x[2]], limit)}
-    steps_back = [(s.subtask, x[1], x in retries) for s, x in zip(reference, ours) if x[2]]
+    steps_back = [
+        (before.subtask, after.subtask, after.end - after.start + 1, x in retries)
+        for (before, after), x in zip(itertools.pairwise(reference), ours, strict=True)
+        if x[2]
+    ]
     count, found = len(steps_back), len(retries)
     return Comparison(
         episode=episode,
@@ -169,12 +176,29 @@ def by_group(comparisons: list[Comparison], group_of: Mapping[int, str], fps: fl
 
 def by_step(comparisons: list[Comparison]) -> pd.DataFrame:
     """How many retries of each kind the reference has, `from` a subtask back `to` another, and how many were `found`."""
-    steps = pd.DataFrame([s for c in comparisons for s in c.steps_back], columns=["from", "to", "found"])
+    steps = _steps_back(comparisons)
     counted = steps.astype({"found": bool}).groupby(["from", "to"], sort=False).found.agg(["size", "sum"])
     counted = counted.rename(columns={"size": "retries", "sum": "found"}).sort_values(
         "retries", ascending=False, kind="stable"
     )
     return counted.reset_index()
+
+
+def by_length(comparisons: list[Comparison], fps: float) -> dict[str, dict[str, float | int | None]]:
+    """How many retries the reference has whose step back lasts at least so long (`LASTING`, seconds), and the share that is found:
+    a short one is easily missed, by an eye too."""
+    steps, rows = _steps_back(comparisons), {}
+    for least in LASTING:
+        found = steps.found[steps.frames >= least * fps].astype(bool)
+        rows[f"{least:g} s"] = {
+            "retries": len(found),
+            "retry_recall": round(float(found.mean()), 4) if len(found) else None,
+        }
+    return rows
+
+
+def _steps_back(comparisons: list[Comparison]) -> pd.DataFrame:
+    return pd.DataFrame([s for c in comparisons for s in c.steps_back], columns=["from", "to", "frames", "found"])
 
 
 def truth(stage: np.ndarray, dataset: Dataset, names: list[str], flicker: float = FLICKER) -> dict[int, Segments]:

@@ -6,8 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sarm_lib import agreement, charts
+from sarm_lib import agreement, charts, dataset, params
 from sarm_lib.annotations import Annotation, Finding, Segment
+
+from .conftest import ROOT
 
 NAMES = ["reach", "grasp", "lift"]
 
@@ -144,7 +146,7 @@ def test_retries_are_counted_by_where_they_go_from_and_to():
     reference = segments((0, 0), (1, 10), (0, 20), (1, 30), (2, 34), (1, 37))
     said = segments((0, 0), (1, 10), (0, 22), (1, 30))
     pairs = [agreement.compare(reference, other, NAMES, 40, 10) for other in (said, segments((0, 0), (1, 10)))]
-    assert pairs[0].steps_back == ((NAMES[1], NAMES[0], True), (NAMES[2], NAMES[1], False))
+    assert pairs[0].steps_back == ((NAMES[1], NAMES[0], 10, True), (NAMES[2], NAMES[1], 3, False))
     table = agreement.by_step(pairs)
     assert table.values.tolist() == [[NAMES[1], NAMES[0], 2, 1], [NAMES[2], NAMES[1], 2, 0]]
     assert (pairs[0].retries_matched, pairs[0].retries_missed) == (1, 1)
@@ -154,6 +156,27 @@ def test_retries_are_counted_by_where_they_go_from_and_to():
         "retries",
         "found",
     ]
+
+
+def test_retries_are_counted_by_how_long_the_step_back_lasts():
+    """Of 0.3 s and of 1 s, at 10 frames a second; what was given up may have lasted as short as it likes."""
+    reference = segments((0, 0), (1, 10), (0, 12), (1, 22), (2, 34), (1, 37))
+    pairs = [agreement.compare(reference, segments((0, 0), (1, 10), (0, 12), (1, 22)), NAMES, 40, 10)]
+    table = agreement.by_length(pairs, 10)
+    assert table["0 s"] == table["0.25 s"] == {"retries": 2, "retry_recall": 0.5}
+    assert table["0.375 s"] == table["1 s"] == {"retries": 1, "retry_recall": 1.0}
+    assert set(map(str, agreement.by_length([], 10).values())) == {"{'retries': 0, 'retry_recall': None}"}
+
+
+def test_no_length_that_is_taken_for_flicker_takes_a_subtask():
+    """Clean episodes of the demo keep all their subtasks."""
+    demos = dataset.from_params(params.load(ROOT / "params.yaml"))
+    clean = [e for e in demos.episodes if e.group == "clean"]
+    stage = demos.truth("stage", "sim.")
+    names = [str(i) for i in range(int(stage.max()) + 1)]
+    for flicker in agreement.FLICKERS:
+        found = agreement.truth(stage, demos, names, flicker)
+        assert all([s.subtask for s in found[e.index]] == names for e in clean), flicker
 
 
 def test_what_the_most_suspicious_episodes_hold():

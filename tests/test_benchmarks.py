@@ -206,20 +206,9 @@ def test_what_an_eye_says_stands_beside_annotator_and_simulator(annotated, tmp_p
         "all new ones, these by eye, against simulator": (len(given), len(given), 1.0),
     }
     assert found["eye against simulator"]["frame_agreement"] < 1
-    assert [what for what, row in found.items() if "flickers" in row] == list(said)[:2] + list(said)[3:]
-
-
-def test_short_runs_of_the_simulators_stages_are_flicker(annotated, monkeypatch):
-    """A step back of three frames, at ten a second, is one while 0.3 s are asked for and none where it is 0.5 s."""
-    demos, names, truth, given = annotated
-    monkeypatch.setattr(agreement, "FLICKERS", (0.0, 0.3, 0.5))
-    held_out = [a for a in given if demos.episodes[a.episode].split != "train"]
-    found = unseen.flickers(held_out, stages(demos, truth, names["dense"]), demos, names["dense"])
-    assert {shortest: row["retries"] for shortest, row in found.items()} == {
-        "0 s": len(held_out),
-        "0.3 s": len(held_out),
-        "0.5 s": 0,
-    }
+    lasting = found["annotator against simulator"]["lasting"]
+    assert lasting["0 s"] == lasting["0.25 s"] == {"retries": 2, "retry_recall": 0.5, "retry_recall_95": [0.0, 1.0]}
+    assert lasting["1 s"] == {"retries": 0, "retry_recall": None, "retry_recall_95": None}
 
 
 def test_looks_are_about_episodes_and_not_about_how_a_machine_renders_them(annotated, tmp_path, monkeypatch):
@@ -234,3 +223,7 @@ def test_looks_are_about_episodes_and_not_about_how_a_machine_renders_them(annot
         annotations.AnnotationError, match=f"{length + 1} frames were looked at, and it has {length} here"
     ):
         unseen.looked_at(given, demos, stages(demos, truth, names["dense"]), names)
+    unseen.LOOKS.unlink()
+    corrections.record_correction(unseen.LOOKS, demos, corrections.of_now(given[0], "reject"))
+    with pytest.raises(annotations.AnnotationError, match=rf"episodes \[{given[0].episode}\] were rejected"):
+        unseen.read_looks(demos)
