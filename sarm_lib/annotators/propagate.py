@@ -1,7 +1,7 @@
 """A person marks a few episodes, and a sequence model carries the marks to all others.
 
 The model is a small dilated temporal convolution over frozen embeddings and robot states, an ensemble of a few seeds,
-trained on the marked episodes alone (seconds). They are rewound at random, as SARM's are: few marks show the robot fail, and
+trained on the marked episodes alone (seconds to minutes, see `estimate`). They are rewound at random, as SARM's are: few marks show the robot fail, and
 a stretch seen backwards and then once more is what a failed try looks like. Its frames keep their subtasks, which follow
 from what the scene is. The frames' probabilities are decoded by a hidden Markov model whose transitions are counted in the
 marks. Both heads are decoded together, as pairs (sparse, dense) that the marks show, so that they never contradict each
@@ -40,7 +40,7 @@ MEMBERS = 5  # of the ensemble
 SHARPNESS = 0.65  # neighbouring frames are not independent evidence
 CAUTION = 0.3  # the same where it says how sure it is: then nearly as many boundaries are right as it expects to be
 CHUNK = 2**16  # frames
-LEARNED, DECODED = 3e4, 2e4  # frames a second, of learning and of decoding, on one core: for the estimate
+LEARNED, DECODED = 2.2e4, 2e4  # frames a second, of learning and of decoding, on one core: for the estimate
 NO_FRAME = -100  # the label of what pads a shorter episode
 
 
@@ -273,15 +273,15 @@ def train(examples: list[tuple[np.ndarray, np.ndarray]], turns: np.ndarray, stat
 def _seen(
     features: np.ndarray, labels: np.ndarray, turns: np.ndarray, rng: np.random.Generator
 ) -> tuple[Tensor, Tensor]:
-    """A marked episode as it is learned from this time: as it was, or rewound; of a long one a part."""
+    """A marked episode as it is learned from this time: of a long one a part; as it was, or rewound."""
+    if len(labels) > WINDOW:
+        start = int(rng.integers(1 - WINDOW, len(labels)))  # parts that reach beyond an end are shorter: every frame is seen alike
+        part = slice(max(0, start), start + WINDOW)
+        features, labels = features[part], labels[part]
     if len(labels) > 1 and rng.random() < REWIND:
         order, backwards = rewound(len(labels), rng)
         signs = np.where(backwards[:, None] & turns, -1, 1).astype(features.dtype)
         features, labels = features[order] * signs, labels[order]
-    if len(labels) > WINDOW:
-        middle = int(rng.integers(len(labels)))  # so that the ends are seen as often as what lies between them
-        part = slice(max(0, min(middle - WINDOW // 2, len(labels) - WINDOW)), None)
-        features, labels = features[part][:WINDOW], labels[part][:WINDOW]
     return torch.from_numpy(features), torch.from_numpy(labels)
 
 
