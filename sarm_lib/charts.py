@@ -7,7 +7,9 @@ and on GitHub; one in which something can be chosen answers the mouse as well in
 
 import io
 import itertools
+import logging
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 
 import altair as alt
@@ -18,6 +20,8 @@ from altair.utils.mimebundle import spec_to_mimebundle
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from sarm_lib import live
+
+log = logging.getLogger(__name__)
 
 STAGE_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#F0E442")
 STAGE_COLOURS += ("#332288", "#44AA99", "#882255", "#DDCC77", "#117733", "#AA4499", "#999933", "#CC6677")
@@ -92,11 +96,18 @@ def telling(values: np.ndarray, most: int) -> np.ndarray:
 
 def _by_curve(names: list[str], colours: list[str], dashed: dict[str, list[int]] | None = None) -> dict:
     """Colour and dash of every curve, by the column `curve`, in one legend."""
-    dashes = [(dashed or {}).get(name, DASHES[0]) for name in names]
+    dashes, legend = [(dashed or {}).get(name, DASHES[0]) for name in names], _in_columns(names)
     return {
-        "color": alt.Color("curve:N", scale=alt.Scale(domain=names, range=colours), title=None),
-        "strokeDash": alt.StrokeDash("curve:N", scale=alt.Scale(domain=names, range=dashes), title=None),
+        "color": alt.Color("curve:N", scale=alt.Scale(domain=names, range=colours), title=None, legend=legend),
+        "strokeDash": alt.StrokeDash("curve:N", scale=alt.Scale(domain=names, range=dashes), title=None, legend=legend),
     }
+
+
+def _in_columns(names: list[str]) -> alt.Legend:
+    """A legend over a chart, not wider than it: the joints of two arms stand in several rows, and long names are not cut."""
+    entry = 7 * max(map(len, names), default=0) + 40  # pixels of the longest one, roughly
+    fitting = max(1, WIDTH // entry)
+    return alt.Legend(labelLimit=WIDTH, columns=fitting if len(names) > fitting else 0)
 
 
 def table(figures: pd.DataFrame) -> pd.DataFrame:
@@ -170,7 +181,9 @@ def panel(
     x = alt.X("time:Q", title="time (s)", scale=alt.Scale(nice=False))
     if kind == "areas":
         y = alt.Y("value:Q", stack="zero", title=title, scale=alt.Scale(domain=domain) if domain else alt.Undefined)
-        color = alt.Color("curve:N", scale=alt.Scale(domain=names, range=colours), title=None)
+        color = alt.Color(
+            "curve:N", scale=alt.Scale(domain=names, range=colours), title=None, legend=_in_columns(names)
+        )
         return chart.mark_area().encode(x=x, y=y, color=color, order="order:Q").properties(height=HEIGHT // 3)
     y = alt.Y("value:Q", title=title, scale=alt.Scale(domain=domain) if domain else alt.Scale(zero=False))
     looks = _by_curve(names, colours, {name: [5, 4] for name in dashed})
@@ -452,13 +465,47 @@ def mean_weights(table: pd.DataFrame, kappa: float, title: str) -> alt.LayerChar
     return (band + lines + rule).properties(width=WIDTH, height=HEIGHT)
 
 
+@lru_cache(maxsize=64)
+def _font_file(letters: str) -> str | None:
+    """The file of a font that has all these letters, or the most of them; None for Pillow's own, which has ASCII alone."""
+    from matplotlib import font_manager, ft2font  # a second, which most pictures need not wait for
+
+    default = font_manager.findfont("DejaVu Sans")  # comes with matplotlib: Latin, Greek, Cyrillic
+    others = sorted(font_manager.findSystemFonts(), key=lambda path: ("Regular" not in Path(path).stem, path))
+    best, lacking = None, set(letters)
+    for path in [default, *others]:
+        try:
+            missing = {letter for letter in letters if ord(letter) not in ft2font.FT2Font(path).get_charmap()}
+        except (OSError, RuntimeError):  # no font after all
+            continue
+        if best is None or len(missing) < len(lacking):
+            best, lacking = path, missing
+        if not lacking:
+            return best
+    log.warning(
+        "no font of this machine has %s: pictures show boxes in their place. Install one that does (for Chinese, Japanese and Korean "
+        "on Debian or Ubuntu: apt install fonts-noto-cjk)",
+        " ".join(sorted(lacking)),
+    )
+    return best
+
+
+def _font(texts: Iterable[str], size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+    """A font that has the letters of all `texts`, if this machine has one."""
+    letters = {letter for text in texts for letter in text if letter.isprintable()}
+    if all(map(str.isascii, letters)):
+        return ImageFont.load_default(size)
+    path = _font_file("".join(sorted(letters)))
+    return ImageFont.truetype(path, size) if path else ImageFont.load_default(size)
+
+
 def filmstrip(images: np.ndarray, labels: list[str], width: int = 1280) -> Image.Image:
     """Frames (n, H, W, 3) uint8 side by side, each with a label under it."""
     n, height, frame_width = images.shape[:3]
     scale = min(width / (n * frame_width), 2.0)
     size = (round(frame_width * scale), round(height * scale))
     strip = Image.new("RGB", (n * size[0], size[1] + 26), "white")
-    draw, font = ImageDraw.Draw(strip), ImageFont.load_default(size=18)  # knows no Greek
+    draw, font = ImageDraw.Draw(strip), _font(labels, 18)
     for i, (image, label) in enumerate(zip(images, labels, strict=True)):
         strip.paste(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS), (i * size[0], 0))
         draw.text((i * size[0] + 4, size[1] + 3), label, fill="black", font=font)
@@ -477,7 +524,8 @@ def annotated_episode(
     left, width, bar, n = 64, 1280, 30, len(images)
     tile = (width - left) // n
     width, height = left + n * tile, round(tile * images.shape[1] / images.shape[2])
-    top, font = 30, ImageFont.load_default(size=15)
+    texts = [title, *segments, *(row[0] for rows in segments.values() for row in rows)]
+    top, font = 30, _font(texts, 15)
 
     def x_of(frame: float) -> float:
         return left + frame / length * n * tile
@@ -500,7 +548,7 @@ def annotated_episode(
     axis = top + height + 8 + len(segments) * (bar + 6) + 46
     page = Image.new("RGB", (width, axis + 22 * len(lines)), "white")
     draw = ImageDraw.Draw(page)
-    draw.text((4, 5), title, fill="black", font=ImageFont.load_default(size=18))
+    draw.text((4, 5), title, fill="black", font=_font(texts, 18))
     for i, image in enumerate(images):
         page.paste(Image.fromarray(image).resize((tile - 2, height), Image.Resampling.LANCZOS), (left + i * tile, top))
 

@@ -170,6 +170,17 @@ def apply(
     return Reviewed([by_episode[i] for i in sorted(by_episode)], sorted(rejected), outcomes)
 
 
+def tell(reviewed: Reviewed) -> None:
+    """Say on the console which corrections are not used: a headless run ends well without them, and its page is read later."""
+    if waiting := [str(outcome.episode) for outcome in reviewed.unsettled]:
+        log.warning(
+            "%d of %d corrections wait for a new look (episodes %s): what they say is not used, or not all of it. Notebook 02 says why",
+            len(waiting),
+            len(reviewed.outcomes),
+            ", ".join(waiting),
+        )
+
+
 def refuse(reviewed: Reviewed, findings: Sequence[Finding]) -> Reviewed:
     """Without the episodes of `findings` that no person has marked, fixed or accepted as they are; a person's word stands
     above a rule of thumb. A fix of one head says nothing of the other where that has changed since (`outdated`)."""
@@ -331,18 +342,12 @@ def read_corrections(path: Path, dataset: Dataset) -> list[Correction]:
 def read_marks(path: Path, dataset: Dataset, vocabulary: dict[str, list[str]]) -> list[Annotation]:
     """The marked episodes of `path` as valid annotations, or none where there is no file. Raises AnnotationError.
 
-    Marks that lack a head are `unfinished`: left out, and the log says so.
+    Marks that lack a head are `unfinished`, and left out (`marks_from_params` says so).
     """
     found, entries = [], _entries(path, "marks", dataset)
     lengths = {episode: int(length) for episode, length in enumerate(dataset.table.length)}
     _refuse_other_names(path, entries, vocabulary)
     lacking = _unfinished(entries, vocabulary)
-    if lacking:
-        log.warning(
-            "%s: nothing is marked for some heads of episodes %s, which are left out until it is: open them in notebook 01",
-            path.name,
-            ", ".join(map(str, lacking)),
-        )
     for entry in entries:
         if entry.episode in lacking:
             continue
@@ -409,7 +414,13 @@ def marks_from_params(params, dataset: Dataset) -> list[Annotation]:
     """The marks that `annotate.marks` names; none in `single_stage`, which asks nobody."""
     if params.base.annotation_mode == "single_stage":
         return []
-    return read_marks(params.paths.resolve(params.annotate.marks), dataset, vocabulary(params))
+    path, names = params.paths.resolve(params.annotate.marks), vocabulary(params)
+    found, begun = read_marks(path, dataset, names), unfinished(path, dataset, names)
+    for head in asked_heads(names):
+        if without := [str(episode) for episode, said in begun.items() if head not in said]:
+            text = "%s: nothing is marked for the %s head of episodes %s, which are left out until it is: open them in notebook 01"
+            log.warning(text, path.name, head, ", ".join(without))
+    return found
 
 
 def is_about_another(path: Path, kind: Kind, named: str | None, fingerprint: str) -> str:

@@ -18,6 +18,7 @@ from sarm_lib.statistics import roc_auc
 STALLED = 0.25  # of the mean r: below it a robot does not get on
 BAD_STRETCH_SECONDS = 0.25  # shorter ones are noise
 STEADY = "steady"  # nothing is wrong with an episode
+ARRIVED = 0.95  # progress from which an episode counts as done
 RISES = 0.5  # what most demonstrations gain from their first frame to their last
 LITTLE_TO_GAIN = 0.03  # share of frames in bad stretches below which there is nothing to filter
 QUALITY = {"productive": (0,), "recovering": (2,), "bad": (1, 3)}  # values of a simulator's `quality` column
@@ -172,6 +173,8 @@ def _why(weights: RabcWeights, rows: np.ndarray, bad: np.ndarray, phi: np.ndarra
     said = []
     for first, last in stretches(bad, 1):
         change = float(phi[rows[min(last + weights.delta_frames, len(rows) - 1)]] - phi[rows[first]])
+        if phi[rows[first]] >= ARRIVED and change >= -0.02:  # what is done gains nothing more
+            continue
         what = "goes back" if change < -0.02 else "stands still"
         said.append(f"{what} at {first / fps:.1f}-{(last + 1) / fps:.1f} s ({change:+.2f})")
     if phi[rows[-1]] < 0.9:

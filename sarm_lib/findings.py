@@ -108,6 +108,18 @@ def comparable(rows: Mapping, row: Mapping) -> str:
     return f"`sarm` was trained with other {', '.join(other)} than the rows below: `make scorecard`" if other else ""
 
 
+def reference(best: tuple[str, str] | None, itself: bool) -> str:
+    """Which (head, name) an annotation is compared with; `itself`: it is the same annotator's, by another seed."""
+    if best is None:
+        return "there is nothing to compare with"
+    said = f"compared with {best[1]} ({best[0]})"
+    return (
+        f"{said}: the annotator itself, so that agreement says nothing of being right. Mark validation episodes"
+        if itself
+        else said
+    )
+
+
 def suspicion(found: Mapping[str, float] | None) -> str:
     """Of `agreement.found_early`: may one rely on suspicion?"""
     if found is None:

@@ -27,11 +27,13 @@ from sarm_lib import corrections, lerobot_io, live, reports
 from sarm_lib import dataset as datasets
 from sarm_lib.annotations import AnnotationError
 from sarm_lib.artifacts import digest, file_digest, folder_digest, folder_identity, read_json, staged, write_json
-from sarm_lib.params import find_upwards, load
+from sarm_lib.dataset import DatasetError
+from sarm_lib.params import ParamsError, find_upwards, load
 
 log = logging.getLogger("sarm")
 
 # Small values for a first look at a dataset: every stage, about a minute.
+OURS = (ParamsError, DatasetError, AnnotationError)  # errors that say what to do: of params.yaml, or of what it names
 SMOKE = {
     "base.episodes": 10,
     "base.outputs": "outputs/scratch/smoke",
@@ -208,6 +210,8 @@ def execute(notebook: Path, report: Path, parameters: dict[str, Any] | None = No
 
 def _explain(error: Exception) -> str:
     """Why a page failed, in one line: an error of its own, or its kernel's end."""
+    if isinstance(error, papermill.PapermillExecutionError) and error.ename in {kind.__name__ for kind in OURS}:
+        return str(error.evalue)
     if isinstance(error, papermill.PapermillExecutionError):
         return f"{error.ename}: {error.evalue}"
     if isinstance(error, DeadKernelError):
@@ -231,6 +235,8 @@ def main() -> None:
     root = find_upwards("params.yaml").parent
     try:
         act(arguments, root)
+    except OURS as error:
+        sys.exit(str(error))
     except KeyboardInterrupt:
         print("stopped; what was finished is kept, and the same command goes on from there", file=sys.stderr)
         sys.exit(130)
@@ -238,10 +244,7 @@ def main() -> None:
 
 def act(arguments: argparse.Namespace, root: Path) -> None:
     if arguments.command == "sources":
-        try:
-            write_sources(root)
-        except AnnotationError as error:  # a file of marks or corrections that cannot be read
-            sys.exit(str(error))
+        write_sources(root)
     elif arguments.command == "run":
         run(root, arguments.name)
     elif arguments.command == "export":

@@ -617,10 +617,29 @@ def test_the_estimate_of_propagate_knows_how_much_is_marked():
     marks = [Annotation(i, truth[i][-1].end + 1, "manual", None, truth[i]) for i in (0, 1)]
     names = {"dense": NAMES["dense"]}
     few = propagate.PropagateAnnotator(made, embeddings, marks, names, 0)
-    assert few.estimate(made.episodes) == "about 1 min on one core, no GPU"
+    assert few.estimate(made.episodes) == "seconds, no GPU"
     few.marks = [replace(mark, length=2700) for mark in marks * 4]
     assert few.estimate(made.episodes) == "about 4 min on one core, no GPU"
     assert annotators.estimate(few, made.episodes) == few.estimate(made.episodes)
+
+
+def test_keyframes_of_a_large_dataset_take_minutes_and_marks_are_as_many_as_there_are():
+    made, truth, _ = robot()
+    many = keyframes.KeyframeAnnotator(made, {"dense": NAMES["dense"]})
+    assert annotators.estimate(many, made.episodes) == "seconds, no GPU"
+    many.dataset = SimpleNamespace(num_frames=2_700_000)
+    assert annotators.estimate(many, made.episodes) == "about 4 min on one core, no GPU"
+    mark = Annotation(3, truth[3][-1].end + 1, "manual", None, truth[3])
+    assert annotators.estimate(annotators.Manual([mark]), made.episodes).startswith("1 of these are marked")
+
+
+def test_splits_of_which_nothing_is_annotated_are_said():
+    made, truth, _ = robot()
+    given = [Annotation(e.index, e.length, "x", None, truth[e.index]) for e in made.split("train")]
+    held_out = {name: [e.index for e in made.split(name)] for name in ("val", "test") if made.split(name)}
+    assert held_out and annotators.splits_without(given, made) == held_out
+    everything = [Annotation(e.index, e.length, "x", None, truth[e.index]) for e in made.episodes]
+    assert annotators.splits_without(everything, made) == {}
 
 
 def test_a_mark_without_a_head_is_named():

@@ -1,5 +1,6 @@
 """Charts are drawn from datasets of any length: Altair takes 5,000 rows, an episode may have more frames."""
 
+import io
 from types import SimpleNamespace
 
 import altair as alt
@@ -7,6 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import vl_convert
+from matplotlib import font_manager
+from PIL import Image
 
 from sarm_lib import charts
 
@@ -138,6 +141,30 @@ def test_a_segment_of_two_frames_is_drawn_in_an_episode_of_any_length(length):
         np.zeros((10, 8, 8, 3), np.uint8), {"dense": rows}, {"dense": ["a", "b"]}, length, 30, ""
     )
     assert page.width > 1000
+
+
+@pytest.mark.parametrize("name", ["Tür öffnen", "déposer la tasse", "открыть ящик", "φ > 0"])
+def test_names_in_other_alphabets_are_drawn_with_a_font_that_has_them(name):
+    """What a font has not it draws alike, as boxes."""
+    drawn = {bytes(charts._font([name], 15).getmask(letter)) for letter in set(name) if letter > "~"}
+    box = bytes(charts._font([name], 15).getmask("\uffff"))
+    assert box not in drawn and len(drawn) == len({letter for letter in name if letter > "~"})
+
+
+def test_letters_that_no_font_has_are_said_and_the_rest_is_drawn(monkeypatch, caplog):
+    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [])
+    charts._font_file.cache_clear()
+    assert charts._font(["open 打开抽屉"], 15).getmask("o").getbbox()
+    assert "no font of this machine has 屉 开 打 抽" in caplog.text and "fonts-noto-cjk" in caplog.text
+    charts._font_file.cache_clear()
+
+
+def test_a_legend_is_not_wider_than_its_chart():
+    joints = {f"{side}_joint_{i}.pos": np.arange(20.0) for side in ("left", "right") for i in range(7)}
+    for kind in ("lines", "areas"):
+        chart = charts.panel("action", joints, 10, kind, domain=None)
+        picture = Image.open(io.BytesIO(vl_convert.vegalite_to_png(chart.to_json())))
+        assert picture.width < 1.2 * charts.WIDTH
 
 
 def test_names_that_fit_nowhere_stand_below_the_picture():

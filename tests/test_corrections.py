@@ -11,7 +11,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sarm_lib import corrections, pipeline
+from sarm_lib import corrections, params, pipeline
 from sarm_lib.annotations import Annotation, AnnotationError, Finding, Segment
 from sarm_lib.dataset import fingerprint, open_dataset
 from tests.conftest import ROOT, run_notebook
@@ -531,7 +531,7 @@ def test_comments_beside_the_rows_of_a_head_that_is_kept_stay(demos, tmp_path):
     assert f"{row}  # slips here\n" in path.read_text() and "verdict: fix" in path.read_text()
 
 
-def test_marks_that_lack_a_head_wait_until_it_is_marked(demos, tmp_path, caplog):
+def test_marks_that_lack_a_head_wait_until_it_is_marked(demos, tmp_path, caplog, monkeypatch):
     """Marked in `dense_only`, asked for in `dual`."""
     path, both = tmp_path / "m.yaml", {"sparse": ["reach", "grasp"], "dense": ["near", "close"]}
     whole, half = annotation(demos, 1), annotation(demos, 2)
@@ -540,7 +540,21 @@ def test_marks_that_lack_a_head_wait_until_it_is_marked(demos, tmp_path, caplog)
     corrections.record_mark(path, demos, half)
     assert [mark.episode for mark in corrections.read_marks(path, demos, both)] == [1]
     assert corrections.unfinished(path, demos, both) == {2: {"sparse": half.sparse}}
-    assert "m.yaml: nothing is marked for some heads of episodes 2" in caplog.text
+    config = params.load(ROOT / "params.yaml", {"annotate.marks": str(path), "base.annotation_mode": "dual"})
+    monkeypatch.setattr(corrections, "vocabulary", lambda _: both)
+    assert [mark.episode for mark in corrections.marks_from_params(config, demos)] == [1]
+    assert "m.yaml: nothing is marked for the dense head of episodes 2" in caplog.text
+    assert "the sparse head" not in caplog.text
+
+
+def test_corrections_that_are_not_used_are_told_on_the_console(demos, caplog):
+    given = [annotation(demos, 1), annotation(demos, 2)]
+    fits = corrections.of_now(given[0], "reject")
+    unfit = corrections.of_now(given[1], "fix", {"sparse": (Segment("nobody", 0, given[1].length - 1),)})
+    corrections.tell(corrections.apply(given, [fits], demos, NAMES))
+    assert caplog.text == ""
+    corrections.tell(corrections.apply(given, [fits, unfit], demos, NAMES))
+    assert "1 of 2 corrections wait for a new look (episodes 2)" in caplog.text
 
 
 def test_nothing_is_learned_from_rejected_episodes(in_project):

@@ -99,6 +99,17 @@ def test_the_ranking_puts_the_worst_first_and_says_why(monkeypatch):
     assert 1 not in set(diagnosis.ranking(computed, Demos([]), [0, 2], phi).episode)
 
 
+def test_an_episode_that_is_done_does_not_stand_still(monkeypatch):
+    """It gains nothing more at its end; one that loses what it had is said all the same."""
+    rests = np.concatenate([np.linspace(0, 0.97, 40), np.full(20, 0.97)])
+    drops = np.concatenate([np.linspace(0, 0.97, 40), np.linspace(0.97, 0.5, 20)])
+    computed, phi = weights_of([*STEADY, rests, drops])
+    table = pd.DataFrame({"episode": range(6), "group": ["a"] * 6})
+    monkeypatch.setattr(diagnosis, "episode_table", lambda _: table)
+    found = diagnosis.ranking(computed, Demos([]), [0, 4, 5], phi).set_index("episode").why
+    assert found[4] == "steady" and found[5].startswith("goes back at")
+
+
 def test_the_lightest_frame_is_where_most_is_lost():
     computed, phi = weights_of([STEADY[0], STALLED])
     light, heavy = diagnosis.extremes(computed, [0, 1], phi, 1)

@@ -30,6 +30,12 @@ def test_highest_and_lowest_of_named_values():
     assert findings.extremes({}, "error") == "no error to compare"
 
 
+def test_agreement_with_itself_is_no_reference():
+    assert "nothing to compare" in findings.reference(None, False)
+    assert findings.reference(("dense", "marks (val)"), False) == "compared with marks (val) (dense)"
+    assert "says nothing of being right" in findings.reference(("dense", "propagate-seed-1"), True)
+
+
 def test_suspicion_that_finds_nothing_says_so():
     few, many = ({"episodes": 6, "of": 60, "errors": share} for share in (0.12, 0.5))
     assert "hold 12% of the frames" in findings.suspicion(few) and "look by kind" in findings.suspicion(few)

@@ -83,6 +83,25 @@ def test_a_dead_kernel_leaves_the_page_as_failed_and_says_so(tmp_path):
     assert failed.name == "00_page.failed.ipynb" and "so far" in failed.read_text()
 
 
+def test_what_we_say_of_params_is_said_without_a_traceback(tmp_path):
+    """By the program and by a page that it runs, without the name of a class."""
+    folder = page(tmp_path / "p", "from sarm_lib.params import ParamsError; raise ParamsError('base.seed: wrong')")
+    with pytest.raises(SystemExit, match=r"^00_page: base\.seed: wrong"):
+        pipeline.run(folder, "00_page")
+    values = yaml.safe_load((folder / "params.yaml").read_text())
+    values["base"]["annotation_mode"] = "dens_only"
+    (folder / "params.yaml").write_text(yaml.safe_dump(values))
+    command = [sys.executable, "-m", "sarm_lib.pipeline", "sources"]
+    said = subprocess.run(
+        command, cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert (
+        said.returncode == 1
+        and said.stderr.startswith("params.yaml cannot be used:")
+        and "Traceback" not in said.stderr
+    )
+
+
 def test_splits_are_part_of_what_a_dataset_is(tmp_path, tiny, tiny_encoder):
     folder = make_project(tmp_path / "p", tiny, tiny_encoder)
     before = pipeline.describe_dataset(load(folder / "params.yaml"))

@@ -27,7 +27,7 @@ from sarm_lib import annotations, corrections
 from sarm_lib.agreement import not_marked
 from sarm_lib.annotations import Annotation, AnnotationError
 from sarm_lib.artifacts import digest, remove, staged, write_json
-from sarm_lib.dataset import Dataset, Episode
+from sarm_lib.dataset import SPLITS, Dataset, Episode
 from sarm_lib.live import bar
 
 log = logging.getLogger("sarm")
@@ -169,6 +169,12 @@ class Manual:
             raise AnnotationError("annotate.marks: no episode is marked yet; mark some in notebook 01, then run again")
         self.marks = {mark.episode: mark for mark in marks}
         self.identity = {"annotator": "manual", "marks": digest(list(map(str, marks)))}
+
+    def estimate(self, episodes: Sequence[Episode]) -> str:
+        """Of how many of them there is a mark."""
+        return (
+            f"{sum(e.index in self.marks for e in episodes)} of these are marked, the others stay without an annotation"
+        )
 
     def annotate(self, episodes: Sequence[Episode]) -> Iterator[Annotation]:
         yield from (self.marks[e.index] for e in episodes if e.index in self.marks)
@@ -317,6 +323,13 @@ def estimate(annotator: Annotator, episodes: Sequence[Episode]) -> str:
     if not episodes:
         return "nothing is left to annotate"
     return str(annotator.estimate(episodes)) if hasattr(annotator, "estimate") else "seconds, no GPU"
+
+
+def splits_without(annotated: Sequence[Annotation], dataset: Dataset) -> dict[str, list[int]]:
+    """Episodes of the splits of which none is annotated: chapter 03 needs one of train and of val, 04 judges by those of test."""
+    there = {annotation.episode for annotation in annotated}
+    split = {name: [e.index for e in dataset.split(name)] for name in SPLITS}
+    return {name: episodes for name, episodes in split.items() if episodes and not there & set(episodes)}
 
 
 def require(failures: list[Failure], allowed: bool) -> None:

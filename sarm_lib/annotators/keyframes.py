@@ -18,7 +18,7 @@ from scipy.signal import find_peaks
 
 from sarm_lib.agreement import frame_labels, segments_of
 from sarm_lib.annotations import SINGLE_STAGE, Annotation, AnnotationError, whole_episode
-from sarm_lib.annotators.sequences import Chain, best_path, chain, standardised, velocity
+from sarm_lib.annotators.sequences import Chain, about, best_path, chain, standardised, velocity
 from sarm_lib.artifacts import code_digest, digest
 from sarm_lib.dataset import Dataset, Episode, rows_of
 
@@ -26,6 +26,7 @@ REACH = 0.1  # seconds before and after a frame over which motion is compared
 SHORTEST = 0.1  # seconds between keyframes
 PROMINENCE = 0.5  # of a peak, in standard deviations of the change signal
 ROUNDS = 15
+FITTED = 1e4  # frames a second on one core, for the estimate
 FLOOR = 0.1  # least standard deviation of a Gaussian, in standardised units
 
 
@@ -41,6 +42,10 @@ class KeyframeAnnotator:
             "state_key": dataset.state_key,
             "training": digest([episode.index for episode in dataset.split("train")]),
         }
+
+    def estimate(self, episodes: Sequence[Episode]) -> str:
+        """How long it will take, roughly."""
+        return about(self.dataset.num_frames / FITTED)
 
     def annotate(self, episodes: Sequence[Episode]) -> Iterator[Annotation]:
         """Fit each head on the training episodes, then decode every episode."""

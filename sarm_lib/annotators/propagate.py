@@ -25,7 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from sarm_lib.agreement import WITHIN, segments_of
 from sarm_lib.annotations import Annotation, AnnotationError
-from sarm_lib.annotators.sequences import Chain, best_path, chain, entries, standardised, velocity
+from sarm_lib.annotators.sequences import Chain, about, best_path, chain, entries, standardised, velocity
 from sarm_lib.artifacts import code_digest, digest
 from sarm_lib.dataset import Dataset, Episode, rows_of
 from sarm_lib.encoder import Embeddings
@@ -59,8 +59,9 @@ class PropagateAnnotator:
         self.dataset, self.heads, self.names, self.seed = dataset, tuple(vocabulary), vocabulary, seed
         self.embeddings, self.marks = embeddings, [mark for mark in marks if mark.episode in training]
         if not self.marks:
+            both = " in both heads" if len(self.heads) > 1 else ""
             raise AnnotationError(
-                "annotate.marks: no training episode is marked. Mark a few in notebook 01 (it suggests which), then run again"
+                f"annotate.marks: no training episode is marked{both}. Mark a few in notebook 01 (it suggests which), then run again"
             )
         for mark in self.marks:
             for head in self.heads:
@@ -89,8 +90,7 @@ class PropagateAnnotator:
     def estimate(self, episodes: Sequence[Episode]) -> str:
         """How long it will take, roughly."""
         frames = sum(min(WINDOW, mark.length) for mark in self.marks) * STEPS * MEMBERS
-        seconds = frames / LEARNED + sum(episode.length for episode in episodes) / DECODED
-        return f"about {max(1, round(seconds / 60))} min on one core, no GPU"
+        return about(frames / LEARNED + sum(episode.length for episode in episodes) / DECODED)
 
     @property
     def members(self) -> range:
@@ -275,7 +275,9 @@ def _seen(
 ) -> tuple[Tensor, Tensor]:
     """A marked episode as it is learned from this time: of a long one a part; as it was, or rewound."""
     if len(labels) > WINDOW:
-        start = int(rng.integers(1 - WINDOW, len(labels)))  # parts that reach beyond an end are shorter: every frame is seen alike
+        start = int(
+            rng.integers(1 - WINDOW, len(labels))
+        )  # parts that reach beyond an end are shorter: every frame is seen alike
         part = slice(max(0, start), start + WINDOW)
         features, labels = features[part], labels[part]
     if len(labels) > 1 and rng.random() < REWIND:

@@ -384,8 +384,8 @@ class Interviewer:
         shortest, *least = [s.gap * s.size for s in (time_steps(2, self.dataset.fps, self.resolution), *steps)]
         if rough := [seconds for seconds in least if seconds > shortest]:
             told += (
-                f". {len(rough)} of the episodes: an answer has at most {MAX_SEGMENTS} segments, so that no segment can last less "
-                f"than up to {max(rough):f} s"
+                f". {len(rough)} of the episodes: an answer has at most {MAX_SEGMENTS} segments, and is asked for none that lasts less "
+                f"than {max(rough):f} s in the longest of them"
             )
         return told
 

@@ -84,3 +84,8 @@ def velocity(dataset: Dataset, values: np.ndarray) -> np.ndarray:
         if episode.length > 1:
             change[episode.rows] = np.gradient(values[episode.rows], axis=0)
     return change
+
+
+def about(seconds: float) -> str:
+    """How long something on one core takes, roughly."""
+    return "seconds, no GPU" if seconds < 45 else f"about {max(1, round(seconds / 60))} min on one core, no GPU"

@@ -156,10 +156,12 @@ class _Model:
 
         device = _device(device)
         several = device == "cuda" and torch.cuda.device_count() > 1
+        name, revision = _place(path)
         self.commit = _config(path)._commit_hash
+        if self.commit:  # weights and processor of the same one, should there be a new one by now
+            path, revision = f"{name}@{self.commit}", {"revision": self.commit}
         log.info("loading %s on %s", model_name(path), "all GPUs" if several else device)
         self.processor = _processor(path)
-        name, revision = _place(path)
         try:
             self.model = AutoModelForImageTextToText.from_pretrained(
                 name, dtype=_dtype(device), device_map="auto" if several else {"": device}, **revision
