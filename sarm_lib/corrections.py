@@ -15,9 +15,9 @@ import io
 import json
 import logging
 import re
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -450,8 +450,8 @@ def _entries(path: Path, kind: Kind, dataset: Dataset) -> list:
         raise AnnotationError(is_about_another(path, kind, file.dataset, name))
     entries = getattr(file, kind) or []
     episodes = [entry.episode for entry in entries]
-    for episode in episodes:
-        if episodes.count(episode) > 1:
+    for episode, times in Counter(episodes).items():
+        if times > 1:
             raise AnnotationError(f"{path.name}: episode {episode} stands there twice; keep one entry")
     return entries
 
@@ -505,9 +505,36 @@ def _whole(vocabulary: dict[str, list[str]], length: int) -> dict[str, Segments]
     return {h: (Segment(SINGLE_STAGE, 0, length - 1),) for h, names in vocabulary.items() if names == [SINGLE_STAGE]}
 
 
-@lru_cache(maxsize=8)  # who accepts one episode after another reads each time what was written the time before
+@dataclass
+class _Read:
+    """What a text says, its nodes, which know where they stand in it, and where its entries stand, once that was asked. A text
+    that was put together here has no nodes, as nobody has read it."""
+
+    values: Any
+    nodes: Any = None
+    cut: "_Cut | None" = None
+
+
+# The last texts, the latest last: who accepts one episode after another reads each time what was written the time before, and
+# to read a thousand entries takes seconds.
+_READ: dict[str, _Read] = {}
+
+
+def _remember(text: str, read: _Read) -> None:
+    _READ[text] = read
+    if len(_READ) > 8:
+        del _READ[next(iter(_READ))]
+
+
+def _read(text: str) -> _Read:
+    if text not in _READ:
+        nodes, values = _parsed(text)
+        _remember(text, _Read(values, nodes))
+    return _READ[text]
+
+
 def _parsed(text: str) -> tuple[Any, Any]:
-    """A text's nodes, which know where they stand in it, and what it says."""
+    """A text's nodes, and what it says."""
     from ruamel.yaml import YAML
     from ruamel.yaml.constructor import SafeConstructor
 
@@ -524,7 +551,7 @@ def _parsed(text: str) -> tuple[Any, Any]:
 
 def _yaml(path: Path) -> Any:
     try:
-        return _parsed(path.read_text())[1]
+        return _read(path.read_text()).values
     except RecursionError:
         raise AnnotationError(f"{path.name} is not YAML of ours: it is nested too deeply") from None
     # ruamel makes dates and numbers of what it reads, and what it makes nothing of ends in any error: an empty !!int in an IndexError.
@@ -613,6 +640,8 @@ REFERRED = (
     "{name} stays as it was: with this change nobody could read it. Does this entry refer to another place of the file, or another "
     "entry to this one (& and *)? Write it out there, then save again"
 )
+DIRECTIVE = re.compile(r"^%", re.MULTILINE)
+REFERS = re.compile(r"(?:^|[\s\[{,])[&*]\S", re.MULTILINE)  # in a quoted text too, which costs a moment
 COMMENTS_BELOW = re.compile(r"(?:^[ \t]*(?:#[^\n]*)?\n)*\Z", re.MULTILINE)  # and empty lines
 
 
@@ -623,6 +652,20 @@ class _Piece:
     episode: int
     above: str
     lines: str
+
+
+@dataclass
+class _Cut:
+    """A file's text: what stands before the entries, the entries, what stands behind them, and the column of their dashes."""
+
+    begin: str
+    pieces: list[_Piece]
+    end: str
+    column: int
+
+    @property
+    def text(self) -> str:
+        return self.begin + "".join(piece.above + piece.lines for piece in self.pieces) + self.end
 
 
 def _put(path: Path, kind: Kind, dataset: Dataset, episode: int, entry: dict | None) -> None:
@@ -641,19 +684,24 @@ def _put(path: Path, kind: Kind, dataset: Dataset, episode: int, entry: dict | N
     newline = "\r\n" if path.exists() and b"\r\n" in path.read_bytes() else "\n"
     text = text if text.endswith("\n") else f"{text}\n"
     episodes = [e.episode for e in before]
-    start, pieces, end, column = _cut(text, kind, episodes) or _cut(_in_lines(text, kind), kind, episodes)
-    known = next((piece for piece in pieces if piece.episode == episode), None)
-    if entry is None and known:
-        known.lines = ""
-    elif entry is not None and known:
+    cut = _cut(text, kind, episodes)
+    base, cut = (text, cut) if cut else (None, _cut(_in_lines(text, kind), kind, episodes))
+    cut = replace(cut, pieces=list(cut.pieces))
+    if old := next((piece for piece in cut.pieces if piece.episode == episode), None):
+        del cut.pieces[place := cut.pieces.index(old)]
+    else:
+        place = next((i for i, piece in enumerate(cut.pieces) if piece.episode > episode), len(cut.pieces))
+    if entry is not None:
         try:
-            known.lines = _lines(entry, column, known.lines)
+            new = _Piece(episode, old.above if old else "", _lines(entry, cut.column, old.lines if old else ""))
         except YAMLError as error:  # it refers to what stands elsewhere
             raise AnnotationError(REFERRED.format(name=path.name)) from error
-    elif entry is not None:
-        place = next((i for i, piece in enumerate(pieces) if piece.episode > episode), len(pieces))
-        pieces.insert(place, _Piece(episode, "", _lines(entry, column)))
-    text = start + "".join(piece.above + piece.lines for piece in pieces) + end
+        cut.pieces.insert(place, new)
+        if base and _stands_alone(base, new.lines, old.lines if old else ""):
+            _remember_with(base, kind, cut, place, replaced=old is not None)
+    elif old:
+        cut.pieces.insert(place, replace(old, lines=""))  # the comments above it stay
+    text = cut.text
     with staged(path.resolve()) as partial:  # a link may lead into another repository, and stays one
         partial.write_text(text, newline=newline)
         try:
@@ -662,12 +710,30 @@ def _put(path: Path, kind: Kind, dataset: Dataset, episode: int, entry: dict | N
             raise AnnotationError(REFERRED.format(name=path.name)) from error
 
 
-def _cut(text: str, kind: Kind, episodes: list[int]) -> tuple[str, list[_Piece], str, int] | None:
-    """The text before the entries, which are of these `episodes`, the entries, the text behind them, and the column of their
-    dashes; None where entries do not begin on lines of their own."""
+def _stands_alone(text: str, new: str, old: str) -> bool:
+    """Whether entries mean what they say, whatever stands elsewhere in the file: no directive, and nothing referred to."""
+    return not DIRECTIVE.search(text) and not REFERS.search(f"{new}\n{old}")
+
+
+def _remember_with(text: str, kind: Kind, cut: _Cut, place: int, replaced: bool) -> None:
+    """Know what the text that is made of `text` with one more piece, or another one, says, without reading the others again."""
+    (value,), values = _parsed(cut.pieces[place].lines)[1], dict(_read(text).values)
+    listed = values[kind] or []
+    values[kind] = [*listed[:place], value, *listed[place + replaced :]]
+    _remember(cut.text, _Read(values, cut=cut))
+
+
+def _cut(text: str, kind: Kind, episodes: list[int]) -> _Cut | None:
+    """A text cut at its entries, which are of these `episodes`; None where entries do not begin on lines of their own."""
+    read = _read(text)
+    read.cut = read.cut or _cut_at(read.nodes, text, kind, episodes)
+    return read.cut
+
+
+def _cut_at(nodes: Any, text: str, kind: Kind, episodes: list[int]) -> _Cut | None:
     from ruamel.yaml.nodes import SequenceNode
 
-    key, listed = next(pair for pair in _parsed(text)[0].value if pair[0].value == kind)
+    key, listed = next(pair for pair in nodes.value if pair[0].value == kind)
     if not isinstance(listed, SequenceNode) and listed.value:  # `null` or `~`, which entries would stand behind
         return None
     items = listed.value if isinstance(listed, SequenceNode) else []
@@ -682,7 +748,7 @@ def _cut(text: str, kind: Kind, episodes: list[int]) -> tuple[str, list[_Piece],
         end = start + COMMENTS_BELOW.search(text[start:stop]).start()
         pieces.append(_Piece(episode, text[last:start], text[start:end]))
         last = end
-    return begin, pieces, text[last:], len(dashes[0][0]) - 2 if dashes else 2
+    return _Cut(begin, pieces, text[last:], len(dashes[0][0]) - 2 if dashes else 2)
 
 
 def _in_lines(text: str, kind: Kind) -> str:

@@ -547,6 +547,72 @@ def test_marks_that_lack_a_head_wait_until_it_is_marked(demos, tmp_path, caplog,
     assert "the sparse head" not in caplog.text
 
 
+BY_HAND = """\
+# looked at on a Friday
+dataset: {fingerprint}
+corrections:  # by two people
+
+  - episode: 5  # slips
+    verdict: accept
+    # what was there
+    was: {{sparse: [[reach, 0, 9], [grasp, 10, 19]]}}
+    why: &said "pick & place"
+  # the other one
+  - episode: 2
+    verdict: reject
+    why: *said
+# the end
+"""
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.booleans(),
+    st.lists(
+        st.tuples(
+            st.integers(0, 6),
+            st.sampled_from(["accept", "fix", "reject", "withdraw"]),
+            st.sampled_from(
+                ["", "*starred", "a: b & c", "# no comment", "2026-11-27", "yes", "\n- episode: 3", "打开抽屉"]
+            ),
+        ),
+        max_size=8,
+    ),
+)
+def test_what_is_known_of_a_file_without_reading_it_again_is_what_it_says(demos, tmp_path, by_hand, steps):
+    path = tmp_path / "c.yaml"
+    path.write_text(BY_HAND.format(fingerprint=demos.fingerprint) if by_hand else "# mine\n")
+    for episode, verdict, why in steps:
+        given = annotation(demos, episode)
+        try:
+            if verdict == "withdraw":
+                corrections.withdraw(path, "corrections", demos, episode)
+            else:
+                said = {"sparse": given.sparse} if verdict == "fix" else {}
+                made = corrections.of_now(given, verdict, said, why)
+                assert corrections.record_correction(path, demos, made) == verdict
+        except AnnotationError as error:  # another entry refers to this one
+            assert "& and *" in str(error)
+        text = path.read_text()
+        known, (nodes, values) = corrections._read(text), corrections._parsed(text)
+        assert known.values == values
+        episodes = [entry["episode"] for entry in values["corrections"] or []]
+        assert corrections._cut(text, "corrections", episodes) == corrections._cut_at(
+            nodes, text, "corrections", episodes
+        )
+
+
+def test_a_verdict_beside_others_reads_none_of_them_again(demos, tmp_path, monkeypatch):
+    path, parsed, read = tmp_path / "c.yaml", corrections._parsed, []
+    for episode in (1, 5, 3):
+        corrections.record_correction(path, demos, corrections.of_now(annotation(demos, episode), "accept"))
+    monkeypatch.setattr(corrections, "_parsed", lambda text: read.append(text) or parsed(text))
+    for verdict in ("reject", "accept"):
+        corrections.record_correction(path, demos, corrections.of_now(annotation(demos, 3), verdict))
+    assert len(read) == 2 and all("episode: 3" in text and "episode: 5" not in text for text in read)
+    assert [c.verdict for c in corrections.read_corrections(path, demos)] == ["accept"] * 3
+
+
 def test_corrections_that_are_not_used_are_told_on_the_console(demos, caplog):
     given = [annotation(demos, 1), annotation(demos, 2)]
     fits = corrections.of_now(given[0], "reject")
