@@ -1,5 +1,6 @@
 # make repro   run the whole pipeline          make test    run all tests
 # make lab     open the notebooks              make smoke   ten episodes of your dataset through every notebook
+# make check   what params.yaml, marks and corrections say, and what is wrong with them; runs nothing
 # make lint    check style                     make lock    renew requirements.lock
 # make pages   store anew what the notebooks say, against which the tests compare them (then: git diff tests/expected)
 # make scorecard   train and measure the ablations of SARM (about half an hour)
@@ -10,7 +11,7 @@
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: env data repro test pages lab smoke lint lock demo scorecard bench experiment clean
+.PHONY: env data repro test pages lab check smoke lint lock demo scorecard bench experiment clean
 
 VENV := .venv
 BIN := $(abspath $(VENV))/bin
@@ -33,6 +34,9 @@ pages: env
 
 lab: data
 	jupyter lab notebooks
+
+check: data
+	python -m sarm_lib.pipeline check
 
 smoke: data
 	python -m sarm_lib.pipeline smoke

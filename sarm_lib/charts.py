@@ -105,9 +105,8 @@ def _by_curve(names: list[str], colours: list[str], dashed: dict[str, list[int]]
 
 def _in_columns(names: list[str]) -> alt.Legend:
     """A legend over a chart, not wider than it: the joints of two arms stand in several rows, and long names are not cut."""
-    entry = 7 * max(map(len, names), default=0) + 40  # pixels of the longest one, roughly
-    fitting = max(1, WIDTH // entry)
-    return alt.Legend(labelLimit=WIDTH, columns=fitting if len(names) > fitting else 0)
+    wide = [7 * len(name) + 34 for name in names]  # pixels, roughly
+    return alt.Legend(labelLimit=WIDTH, columns=0 if sum(wide) <= WIDTH else max(1, WIDTH // max(wide)))
 
 
 def table(figures: pd.DataFrame) -> pd.DataFrame:

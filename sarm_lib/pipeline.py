@@ -2,6 +2,7 @@
 
     python -m sarm_lib.pipeline sources          what stages depend on: notebooks without outputs, the dataset's name
     python -m sarm_lib.pipeline run 03_train_sarm
+    python -m sarm_lib.pipeline check            what params.yaml, marks and corrections say, and what is wrong with them; runs nothing
     python -m sarm_lib.pipeline smoke            ten episodes through every notebook, on one page, outputs/scratch/smoke
     python -m sarm_lib.pipeline export           the progress file into outputs/dataset, where lerobot-train looks for it
 
@@ -23,7 +24,7 @@ import papermill
 from nbclient.exceptions import DeadKernelError
 from traitlets.config import Config
 
-from sarm_lib import corrections, lerobot_io, live, reports
+from sarm_lib import annotations, corrections, lerobot_io, live, reports
 from sarm_lib import dataset as datasets
 from sarm_lib.annotations import AnnotationError
 from sarm_lib.artifacts import digest, file_digest, folder_digest, folder_identity, read_json, staged, write_json
@@ -147,6 +148,43 @@ def describe_environment(root: Path, name: str | None) -> dict[str, Any]:
     return {"environment": name, "files": {f.relative_to(root).as_posix(): file_digest(f) for f in files}}
 
 
+def check(root: Path) -> str:
+    """What `params.yaml`, the marks and the corrections say of the dataset, in words. Exits with all that is wrong."""
+    params = load(root / "params.yaml")
+    data, names = datasets.from_params(params), annotations.vocabulary(params)
+    annotations.video_key(params, data)
+    splits = {split: {e.index for e in data.split(split)} for split in datasets.SPLITS}
+    said = [
+        f"{params.base.dataset}: {len(data.episodes)} episodes ({', '.join(f'{len(e)} {s}' for s, e in splits.items())}), "
+        f"{data.num_frames} frames at {data.fps:g} a second; cameras {', '.join(data.camera_keys)}; {params.base.state_key} of "
+        f"{data.features[params.base.state_key]['shape'][0]} numbers",
+        *(f"{head}: {', '.join(of_head)}" for head, of_head in names.items()),
+    ]
+    wrong = []
+    try:
+        marks = {mark.episode: mark for mark in corrections.marks_from_params(params, data)}
+        said.append(f"marked: {', '.join(f'{len(e & set(marks))} of {s}' for s, e in splits.items())}")
+        taught = {(h, s.subtask) for i in splits["train"] & set(marks) for h in names for s in marks[i].head(h)}
+        lacking = [name for head, of_head in names.items() for name in of_head if (head, name) not in taught]
+        if lacking and params.annotate.annotator == "propagate" and params.base.annotation_mode != "single_stage":
+            wrong.append(
+                f"{params.annotate.marks}: no marked training episode shows {', '.join(lacking)}, which propagate needs"
+            )
+    except AnnotationError as error:
+        wrong.append(str(error))
+    try:
+        people = corrections.read_corrections(params.paths.resolve(params.verify.corrections), data)
+        said.append(f"corrections: {len(people)}")
+        if people and (stored := params.paths.find("annotations")):
+            outcomes = corrections.apply(annotations.load(stored, names, data), people, data, names).unsettled
+            wrong += [f"{params.verify.corrections}, episode {o.episode}: {o.outcome}: {o.note}" for o in outcomes]
+    except AnnotationError as error:
+        wrong.append(str(error))
+    if wrong:
+        sys.exit("\n".join([*said, "", *wrong]))
+    return "\n".join([*said, "nothing is wrong with these"])
+
+
 def run(root: Path, name: str) -> None:
     """Run one notebook with papermill; its executed copy and HTML land in `outputs/reports/`."""
     report = load(root / "params.yaml").paths.write(f"reports/{name}.ipynb")
@@ -224,6 +262,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("sources")
     commands.add_parser("run").add_argument("name")
+    commands.add_parser("check")
     commands.add_parser("smoke")
     commands.add_parser("export", help="put the progress file where lerobot-train looks for it").add_argument(
         "--to", type=Path, default=None, help="a folder of the same dataset; outputs/dataset if not said"
@@ -247,6 +286,8 @@ def act(arguments: argparse.Namespace, root: Path) -> None:
         write_sources(root)
     elif arguments.command == "run":
         run(root, arguments.name)
+    elif arguments.command == "check":
+        print(check(root))
     elif arguments.command == "export":
         print(export(root, arguments.to))
     else:

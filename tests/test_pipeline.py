@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from sarm_lib import pipeline
+from sarm_lib import annotations, corrections, pipeline
 from sarm_lib.artifacts import import_closure, imported_modules, module_path, read_json
 from sarm_lib.params import load
 from sarm_lib.pipeline import SMOKE, code_of
@@ -100,6 +100,44 @@ def test_what_we_say_of_params_is_said_without_a_traceback(tmp_path):
         and said.stderr.startswith("params.yaml cannot be used:")
         and "Traceback" not in said.stderr
     )
+
+
+def test_check_says_what_is_there_and_all_that_is_wrong(tmp_path, tiny, tiny_encoder):
+    folder = make_project(tmp_path / "p", tiny, tiny_encoder)
+    config = load(folder / "params.yaml")
+    said = pipeline.check(folder)
+    assert (
+        "8 episodes" in said
+        and "cameras observation.images.top" in said
+        and said.endswith("nothing is wrong with these")
+    )
+    marks, fixes = (config.paths.resolve(name) for name in (config.annotate.marks, config.verify.corrections))
+    values = yaml.safe_load((folder / "params.yaml").read_text())
+    values["annotate"]["dense_subtasks"][0] = "renamed"
+    (folder / "params.yaml").write_text(yaml.safe_dump(values))
+    fixes.parent.mkdir(exist_ok=True)
+    fixes.write_text("dataset: another\ncorrections:\n  - {episode: 1, verdict: reject}\n")
+    with pytest.raises(SystemExit) as stopped:
+        pipeline.check(folder)
+    assert f"{marks.name}, episode" in str(stopped.value) and "was renamed" in str(stopped.value)
+    assert f"{fixes.name} is about another dataset" in str(stopped.value)
+
+
+def test_check_knows_corrections_that_do_not_fit(in_project):
+    config, dataset = in_project
+    path, episode = config.paths.resolve(config.verify.corrections), dataset.episodes[1]
+    given = annotations.load_one(
+        config.paths.read("annotations", "01") / annotations.file_name(1), annotations.vocabulary(config)
+    )
+    wrong = {"dense": (annotations.Segment("nobody", 0, episode.length - 1),)}
+    try:
+        corrections.record_correction(path, dataset, corrections.of_now(given, "accept"))
+        assert "corrections: 1\nnothing is wrong" in pipeline.check(Path.cwd())
+        corrections.record_correction(path, dataset, corrections.of_now(given, "fix", wrong))
+        with pytest.raises(SystemExit, match=r"episode 1: unfit: .*nobody"):
+            pipeline.check(Path.cwd())
+    finally:
+        path.unlink()
 
 
 def test_splits_are_part_of_what_a_dataset_is(tmp_path, tiny, tiny_encoder):
