@@ -105,8 +105,9 @@ def _by_curve(names: list[str], colours: list[str], dashed: dict[str, list[int]]
 
 def _in_columns(names: list[str]) -> alt.Legend:
     """A legend over a chart, not wider than it: the joints of two arms stand in several rows, and long names are not cut."""
-    wide = [7 * len(name) + 34 for name in names]  # pixels, roughly
-    return alt.Legend(labelLimit=WIDTH, columns=0 if sum(wide) <= WIDTH else max(1, WIDTH // max(wide)))
+    font = _font(names, 12)
+    wide = [1.1 * font.getlength(name) + 34 for name in names]  # pixels, roughly
+    return alt.Legend(labelLimit=WIDTH, columns=0 if sum(wide) <= WIDTH else max(1, int(WIDTH // max(wide))))
 
 
 def table(figures: pd.DataFrame) -> pd.DataFrame:
@@ -466,7 +467,7 @@ def mean_weights(table: pd.DataFrame, kappa: float, title: str) -> alt.LayerChar
 
 @lru_cache(maxsize=64)
 def _font_file(letters: str) -> str | None:
-    """The file of a font that has all these letters, or the most of them; None for Pillow's own, which has ASCII alone."""
+    """The file of a font that has ASCII and all these letters, or the most of them; None for Pillow's own, which has ASCII alone."""
     from matplotlib import font_manager, ft2font  # a second, which most pictures need not wait for
 
     default = font_manager.findfont("DejaVu Sans")  # comes with matplotlib: Latin, Greek, Cyrillic
@@ -474,8 +475,11 @@ def _font_file(letters: str) -> str | None:
     best, lacking = None, set(letters)
     for path in [default, *others]:
         try:
-            missing = {letter for letter in letters if ord(letter) not in ft2font.FT2Font(path).get_charmap()}
+            known = ft2font.FT2Font(path).get_charmap()
         except (OSError, RuntimeError):  # no font after all
+            continue
+        missing = {letter for letter in letters if ord(letter) not in known}
+        if not known.keys() >= set(range(ord(" "), ord("~") + 1)):
             continue
         if best is None or len(missing) < len(lacking):
             best, lacking = path, missing
@@ -491,8 +495,8 @@ def _font_file(letters: str) -> str | None:
 
 def _font(texts: Iterable[str], size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
     """A font that has the letters of all `texts`, if this machine has one."""
-    letters = {letter for text in texts for letter in text if letter.isprintable()}
-    if all(map(str.isascii, letters)):
+    letters = {letter for text in texts for letter in text if letter.isprintable() and not letter.isascii()}
+    if not letters:
         return ImageFont.load_default(size)
     path = _font_file("".join(sorted(letters)))
     return ImageFont.truetype(path, size) if path else ImageFont.load_default(size)

@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 Kind = Literal["marks", "corrections"]
 Verdict = Literal["accept", "fix", "reject"]
 Segments = tuple[Segment, ...]
+NO_SUCH_EPISODE = "the dataset, as it is used here, has no such episode"
 UNSETTLED = ("outdated", "unfit")  # outcomes that wait for a new look
 SEEN_ALIKE = 0.05  # seconds: who looks at a video does not tell such boundaries apart, and another processor's rounding moves them
 
@@ -125,7 +126,7 @@ def apply(
             _alike(current.head(head), was, frames) for head, was in correction.was.items() if head in asked
         )
         if episode not in lengths:
-            outcome, note = "unfit", "the dataset, as it is used here, has no such episode"
+            outcome, note = "unfit", NO_SUCH_EPISODE
         elif correction.verdict == "reject":
             by_episode.pop(episode, None)
             rejected.append(episode)
@@ -179,6 +180,16 @@ def tell(reviewed: Reviewed) -> None:
             len(reviewed.outcomes),
             ", ".join(waiting),
         )
+
+
+def unusable(correction: Correction, dataset: Dataset, vocabulary: dict[str, list[str]]) -> str:
+    """What is wrong with a correction, whatever was annotated; empty where nothing is."""
+    length = next((episode.length for episode in dataset.episodes if episode.index == correction.episode), None)
+    if length is None:
+        return NO_SUCH_EPISODE
+    said = said_of(correction.segments, vocabulary)
+    shown = Annotation(correction.episode, length, "corrected", **{head: said.get(head) for head in HEADS})
+    return "; ".join(map(str, violations(shown, {head: vocabulary[head] for head in said})))
 
 
 def refuse(reviewed: Reviewed, findings: Sequence[Finding]) -> Reviewed:
@@ -640,8 +651,7 @@ REFERRED = (
     "{name} stays as it was: with this change nobody could read it. Does this entry refer to another place of the file, or another "
     "entry to this one (& and *)? Write it out there, then save again"
 )
-DIRECTIVE = re.compile(r"^%", re.MULTILINE)
-REFERS = re.compile(r"(?:^|[\s\[{,])[&*]\S", re.MULTILINE)  # in a quoted text too, which costs a moment
+REFERS = re.compile(r"(?:^|[\s\[{,:\"'\]}])[&*]\S", re.MULTILINE)  # in a quoted text too, which costs a moment
 COMMENTS_BELOW = re.compile(r"(?:^[ \t]*(?:#[^\n]*)?\n)*\Z", re.MULTILINE)  # and empty lines
 
 
@@ -697,7 +707,7 @@ def _put(path: Path, kind: Kind, dataset: Dataset, episode: int, entry: dict | N
         except YAMLError as error:  # it refers to what stands elsewhere
             raise AnnotationError(REFERRED.format(name=path.name)) from error
         cut.pieces.insert(place, new)
-        if base and _stands_alone(base, new.lines, old.lines if old else ""):
+        if base and len(cut.pieces) > 1 and not REFERS.search(f"{new.lines}\n{old.lines if old else ''}"):
             _remember_with(base, kind, cut, place, replaced=old is not None)
     elif old:
         cut.pieces.insert(place, replace(old, lines=""))  # the comments above it stay
@@ -710,16 +720,20 @@ def _put(path: Path, kind: Kind, dataset: Dataset, episode: int, entry: dict | N
             raise AnnotationError(REFERRED.format(name=path.name)) from error
 
 
-def _stands_alone(text: str, new: str, old: str) -> bool:
-    """Whether entries mean what they say, whatever stands elsewhere in the file: no directive, and nothing referred to."""
-    return not DIRECTIVE.search(text) and not REFERS.search(f"{new}\n{old}")
-
-
 def _remember_with(text: str, kind: Kind, cut: _Cut, place: int, replaced: bool) -> None:
-    """Know what the text that is made of `text` with one more piece, or another one, says, without reading the others again."""
-    (value,), values = _parsed(cut.pieces[place].lines)[1], dict(_read(text).values)
-    listed = values[kind] or []
-    values[kind] = [*listed[:place], value, *listed[place + replaced :]]
+    """Know what the text that is made of `text` with one more piece, or another one, says, without reading the others again:
+    the piece is read beside one of them, between what stands before and behind all."""
+    beside = 1 if place == 0 else 0
+    few = replace(cut, pieces=[cut.pieces[i] for i in sorted((beside, place))])
+    was, values = _read(text).values, dict(_read(text).values)
+    neighbour = was[kind][beside - (beside > place) + (beside > place and replaced)]
+    try:
+        read = _parsed(few.text)[1]
+    except Exception:  # whatever YAML chokes on (see `_yaml`), such as an entry that is referred to and not among these
+        return
+    if read | {kind: None} != values | {kind: None} or len(read[kind]) != 2 or read[kind][place < beside] != neighbour:
+        return
+    values[kind] = [*was[kind][:place], read[kind][place > beside], *was[kind][place + replaced :]]
     _remember(cut.text, _Read(values, cut=cut))
 
 
@@ -744,11 +758,26 @@ def _cut_at(nodes: Any, text: str, kind: Kind, episodes: list[int]) -> _Cut | No
     if not all(dashes) or (isinstance(listed, SequenceNode) and listed.flow_style):
         return None
     begin, pieces = text[:last], []
-    for episode, start, stop in zip(episodes, starts, [*starts[1:], listed.end_mark.index]):
+    for item, episode, start, stop in zip(items, episodes, starts, [*starts[1:], listed.end_mark.index]):
         end = start + COMMENTS_BELOW.search(text[start:stop]).start()
+        if (
+            block := _block_at_end(item)
+        ) and block.end_mark.index > end:  # whose lines may look like comments, or be empty
+            end = text.rfind("\n", 0, block.end_mark.index) + 1
         pieces.append(_Piece(episode, text[last:start], text[start:end]))
         last = end
     return _Cut(begin, pieces, text[last:], len(dashes[0][0]) - 2 if dashes else 2)
+
+
+def _block_at_end(node: Any) -> Any:
+    """The text in block style (`|`, `>`) with which a node ends, if it does."""
+    from ruamel.yaml.nodes import MappingNode, ScalarNode
+
+    while not isinstance(node, ScalarNode):
+        if not node.value:
+            return None
+        node = node.value[-1][1] if isinstance(node, MappingNode) else node.value[-1]
+    return node if node.style in ("|", ">") else None
 
 
 def _in_lines(text: str, kind: Kind) -> str:

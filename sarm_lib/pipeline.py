@@ -34,7 +34,6 @@ from sarm_lib.params import ParamsError, find_upwards, load
 log = logging.getLogger("sarm")
 
 # Small values for a first look at a dataset: every stage, about a minute.
-OURS = (ParamsError, DatasetError, AnnotationError)  # errors that say what to do: of params.yaml, or of what it names
 SMOKE = {
     "base.episodes": 10,
     "base.outputs": "outputs/scratch/smoke",
@@ -56,6 +55,9 @@ SMOKE = {
     "policy.save_every": 1000,
     "evaluate.environment": None,
 }
+
+
+OURS = (ParamsError, DatasetError, AnnotationError)  # errors that say what to do: of params.yaml, or of what it names
 
 
 def notebooks(root: Path) -> list[Path]:
@@ -149,7 +151,7 @@ def describe_environment(root: Path, name: str | None) -> dict[str, Any]:
 
 
 def check(root: Path) -> str:
-    """What `params.yaml`, the marks and the corrections say of the dataset, in words. Exits with all that is wrong."""
+    """What `params.yaml`, the marks and the corrections say of the dataset, in words. Exits with what is wrong in each."""
     params = load(root / "params.yaml")
     data, names = datasets.from_params(params), annotations.vocabulary(params)
     annotations.video_key(params, data)
@@ -166,23 +168,37 @@ def check(root: Path) -> str:
         said.append(f"marked: {', '.join(f'{len(e & set(marks))} of {s}' for s, e in splits.items())}")
         taught = {(h, s.subtask) for i in splits["train"] & set(marks) for h in names for s in marks[i].head(h)}
         lacking = [name for head, of_head in names.items() for name in of_head if (head, name) not in taught]
-        if lacking and params.annotate.annotator == "propagate" and params.base.annotation_mode != "single_stage":
+        asked = {params.annotate.annotator, params.annotate.second_opinion} if corrections.asked_heads(names) else set()
+        if lacking and "propagate" in asked:
             wrong.append(
                 f"{params.annotate.marks}: no marked training episode shows {', '.join(lacking)}, which propagate needs"
             )
+        if not marks and "manual" in asked:
+            wrong.append(f"{params.annotate.marks}: no episode is marked, and `manual` annotates no other ones")
     except AnnotationError as error:
         wrong.append(str(error))
     try:
         people = corrections.read_corrections(params.paths.resolve(params.verify.corrections), data)
         said.append(f"corrections: {len(people)}")
-        if people and (stored := params.paths.find("annotations")):
-            outcomes = corrections.apply(annotations.load(stored, names, data), people, data, names).unsettled
-            wrong += [f"{params.verify.corrections}, episode {o.episode}: {o.outcome}: {o.note}" for o in outcomes]
+        bad = {c.episode: why for c in people if (why := corrections.unusable(c, data, names))}
+        wrong += [f"{params.verify.corrections}, episode {episode}: {why}" for episode, why in bad.items()]
+        if people:
+            said.append(_against_annotations(params, data, names, [c for c in people if c.episode not in bad]))
     except AnnotationError as error:
         wrong.append(str(error))
     if wrong:
         sys.exit("\n".join([*said, "", *wrong]))
     return "\n".join([*said, "nothing is wrong with these"])
+
+
+def _against_annotations(params, data: datasets.Dataset, names: dict, people: list) -> str:
+    """Which corrections wait for a new look, by what was annotated last; that may be of other values, so it is no fault."""
+    try:
+        stored = annotations.load(params.paths.read("annotations", "01_annotate"), names, data)
+    except (AnnotationError, FileNotFoundError):
+        return "nothing is annotated by these values yet: acceptances are compared with what 01 will say"
+    waiting = corrections.apply(stored, people, data, names).unsettled
+    return f"of these wait for a new look, by what was annotated last: {', '.join(str(o.episode) for o in waiting) or 'none'}"
 
 
 def run(root: Path, name: str) -> None:

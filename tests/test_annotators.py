@@ -637,9 +637,14 @@ def test_splits_of_which_nothing_is_annotated_are_said():
     made, truth, _ = robot()
     given = [Annotation(e.index, e.length, "x", None, truth[e.index]) for e in made.split("train")]
     held_out = {name: [e.index for e in made.split(name)] for name in ("val", "test") if made.split(name)}
-    assert held_out and annotators.splits_without(given, made) == held_out
+    said = annotators.annotated_splits(given, made)
+    assert said.startswith(f"annotated: {len(given)} of {len(given)} train, 0 of ")
+    assert ("val (03 needs one)" in said, "test (04 judges by these)" in said) == (
+        "val" in held_out,
+        "test" in held_out,
+    )
     everything = [Annotation(e.index, e.length, "x", None, truth[e.index]) for e in made.episodes]
-    assert annotators.splits_without(everything, made) == {}
+    assert "(" not in annotators.annotated_splits(everything, made)
 
 
 def test_a_mark_without_a_head_is_named():

@@ -1,6 +1,7 @@
 """Charts are drawn from datasets of any length: Altair takes 5,000 rows, an episode may have more frames."""
 
 import io
+import itertools
 from types import SimpleNamespace
 
 import altair as alt
@@ -161,10 +162,18 @@ def test_letters_that_no_font_has_are_said_and_the_rest_is_drawn(monkeypatch, ca
 
 def test_a_legend_is_not_wider_than_its_chart():
     joints = {f"{side}_joint_{i}.pos": np.arange(20.0) for side in ("left", "right") for i in range(7)}
-    for kind in ("lines", "areas"):
-        chart = charts.panel("action", joints, 10, kind, domain=None)
+    capitals = {f"MMMWWW MMMWWW {i}": np.arange(20.0) for i in range(8)}
+    for curves, kind in itertools.product((joints, capitals), ("lines", "areas")):
+        chart = charts.panel("action", curves, 10, kind, domain=None)
         picture = Image.open(io.BytesIO(vl_convert.vegalite_to_png(chart.to_json())))
-        assert picture.width < 1.2 * charts.WIDTH
+        assert picture.width < 1.12 * charts.WIDTH  # with the numbers of the axis
+
+
+def test_a_font_is_looked_for_once_whatever_the_numbers(monkeypatch):
+    charts._font_file.cache_clear()
+    for i in range(5):
+        charts._font([f"Tür {i}"], 15)
+    assert charts._font_file.cache_info().misses == 1
 
 
 def test_names_that_fit_nowhere_stand_below_the_picture():

@@ -547,9 +547,14 @@ def test_marks_that_lack_a_head_wait_until_it_is_marked(demos, tmp_path, caplog,
     assert "the sparse head" not in caplog.text
 
 
-BY_HAND = """\
+BY_HAND = [
+    "# mine\n",
+    "    dataset: {name}\n    corrections:\n",
+    '{{\n "dataset": "{name}",\n "corrections":\n}}\n',
+    "dataset: {name}\ncorrections: !!null\n",
+    """\
 # looked at on a Friday
-dataset: {fingerprint}
+dataset: {name}
 corrections:  # by two people
 
   - episode: 5  # slips
@@ -562,12 +567,36 @@ corrections:  # by two people
     verdict: reject
     why: *said
 # the end
-"""
+""",
+    """\
+dataset: {name}
+corrections:
+- {{"episode": 1, "verdict": "accept", "was":&w {{"sparse": [["reach", 0, 19]]}}}}
+- {{"episode": 4, "verdict": "accept", "was":*w }}
+""",
+    """\
+dataset: {name}
+corrections:
+  - episode: 3
+    verdict: reject
+    why: |
+      see
+      # 3 of the list
+  # the one below was hard
+  - episode: 1
+    verdict: reject
+    why: |+
+      twice
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+""",
+    "\ufeff%YAML 1.1\n---\ndataset: {name}\ncorrections:\n- {{episode: 1, verdict: reject, why: yes}}\n",
+]
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    st.booleans(),
+    st.sampled_from(BY_HAND),
     st.lists(
         st.tuples(
             st.integers(0, 6),
@@ -580,10 +609,12 @@ corrections:  # by two people
     ),
 )
 def test_what_is_known_of_a_file_without_reading_it_again_is_what_it_says(demos, tmp_path, by_hand, steps):
+    """And what people wrote of other episodes stays as it was."""
     path = tmp_path / "c.yaml"
-    path.write_text(BY_HAND.format(fingerprint=demos.fingerprint) if by_hand else "# mine\n")
+    path.write_text(by_hand.format(name=demos.fingerprint))
     for episode, verdict, why in steps:
-        given = annotation(demos, episode)
+        given, before = annotation(demos, episode), path.read_text()
+        others = [entry for entry in (corrections._parsed(before)[1] or {}).get("corrections") or []]
         try:
             if verdict == "withdraw":
                 corrections.withdraw(path, "corrections", demos, episode)
@@ -591,15 +622,34 @@ def test_what_is_known_of_a_file_without_reading_it_again_is_what_it_says(demos,
                 said = {"sparse": given.sparse} if verdict == "fix" else {}
                 made = corrections.of_now(given, verdict, said, why)
                 assert corrections.record_correction(path, demos, made) == verdict
-        except AnnotationError as error:  # another entry refers to this one
-            assert "& and *" in str(error)
+        except AnnotationError as error:  # another entry refers to this one, or the form of the file allows no more
+            assert "& and *" in str(error) and path.read_text() == before
         text = path.read_text()
         known, (nodes, values) = corrections._read(text), corrections._parsed(text)
         assert known.values == values
-        episodes = [entry["episode"] for entry in values["corrections"] or []]
-        assert corrections._cut(text, "corrections", episodes) == corrections._cut_at(
-            nodes, text, "corrections", episodes
-        )
+        entries = (values or {}).get("corrections") or []
+        assert [e for e in entries if e["episode"] != episode] == [e for e in others if e["episode"] != episode]
+        if entries:
+            numbers = [entry["episode"] for entry in entries]
+            assert corrections._cut(text, "corrections", numbers) == corrections._cut_at(
+                nodes, text, "corrections", numbers
+            )
+
+
+def test_names_that_yaml_cannot_hold_are_refused_and_the_file_stays(demos, tmp_path):
+    path = tmp_path / "c.yaml"
+    for episode in (1, 2):
+        corrections.record_correction(path, demos, corrections.of_now(annotation(demos, episode), "accept"))
+    before = path.read_text()
+    for name in (": >x", ": b", "?!x"):
+        odd = replace(annotation(demos, 1), sparse=(Segment(name, 0, annotation(demos, 1).length - 1),))
+        try:
+            corrections.record_correction(path, demos, corrections.of_now(odd, "accept"))
+        except AnnotationError:
+            assert path.read_text() == before
+        else:
+            assert corrections.read_corrections(path, demos)[0].was["sparse"] == odd.sparse
+        path.write_text(before)
 
 
 def test_a_verdict_beside_others_reads_none_of_them_again(demos, tmp_path, monkeypatch):

@@ -123,20 +123,26 @@ def test_check_says_what_is_there_and_all_that_is_wrong(tmp_path, tiny, tiny_enc
     assert f"{fixes.name} is about another dataset" in str(stopped.value)
 
 
-def test_check_knows_corrections_that_do_not_fit(in_project):
+def test_check_knows_corrections_that_cannot_be_used_whatever_is_annotated(in_project):
     config, dataset = in_project
     path, episode = config.paths.resolve(config.verify.corrections), dataset.episodes[1]
-    given = annotations.load_one(
-        config.paths.read("annotations", "01") / annotations.file_name(1), annotations.vocabulary(config)
-    )
+    stored = config.paths.read("annotations", "01")
+    given = annotations.load_one(stored / annotations.file_name(1), annotations.vocabulary(config))
     wrong = {"dense": (annotations.Segment("nobody", 0, episode.length - 1),)}
     try:
         corrections.record_correction(path, dataset, corrections.of_now(given, "accept"))
-        assert "corrections: 1\nnothing is wrong" in pipeline.check(Path.cwd())
+        said = pipeline.check(Path.cwd())
+        assert (
+            "corrections: 1\nof these wait for a new look, by what was annotated last: none\nnothing is wrong" in said
+        )
+        stored.rename(stored.with_name("hidden"))
+        assert "nothing is annotated by these values yet" in pipeline.check(Path.cwd())
         corrections.record_correction(path, dataset, corrections.of_now(given, "fix", wrong))
-        with pytest.raises(SystemExit, match=r"episode 1: unfit: .*nobody"):
+        with pytest.raises(SystemExit, match=r"corrections\.yaml, episode 1: .*nobody"):
             pipeline.check(Path.cwd())
     finally:
+        if stored.with_name("hidden").exists():
+            stored.with_name("hidden").rename(stored)
         path.unlink()
 
 

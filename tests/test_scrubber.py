@@ -84,6 +84,25 @@ def test_the_state_of_the_shown_episode_arrives_on_axes_of_the_dataset(opened, v
     assert len(view.received) == 1
 
 
+@pytest.mark.parametrize("names", [["x", "x", "y"], ["x", "y"], {"motors": ["a", "b", "c"]}])
+def test_components_without_names_of_their_own_are_numbered(opened, view, monkeypatch, names):
+    count = opened.states.shape[1]
+    rows = np.random.default_rng(0).normal(size=(len(opened.states), 3)).astype(np.float32)
+    rows[:, 2] = 1e17  # constant
+    monkeypatch.setattr(type(opened), "states", rows)
+    monkeypatch.setitem(opened.features[opened.state_key], "names", names)
+    view("send_panels", episode=3)
+    (spec,) = view.received[-1][0]["panels"]
+    assert spec["names"] == (["a", "b", "c"] if isinstance(names, dict) else ["0", "1", "2"]) and count
+    assert view.scrubber.error == ""
+
+
+def test_a_state_that_cannot_be_shown_leaves_no_other_one_in_sight(opened, view, monkeypatch):
+    monkeypatch.setattr(type(opened), "states", property(lambda self: (_ for _ in ()).throw(DatasetError("NaN in 3"))))
+    view("send_panels", episode=3)
+    assert view.received[-1] == ({"episode": 3, "panels": []}, []) and view.scrubber.error == "NaN in 3"
+
+
 def test_it_opens_on_the_most_suspicious_episode(opened, annotations, tmp_path):
     reasons = {3: "grasp is short"}
     shown = Scrubber(opened, annotations, NAMES, order=[3, 0], reasons=reasons, corrections=tmp_path / "c.yaml")
@@ -764,7 +783,9 @@ def test_two_of_a_name_side_by_side_are_pointed_out_whatever_made_them(view, scr
     view("split", frame=12)  # and another pair of them
     assert "two segments of 'lift'" in scrubber.status
     view("undo")
+    assert "two segments of 'lift'" in scrubber.status  # there is one pair left
     view("undo")
+    assert scrubber.status == ""
     view("split", frame=2)  # a grasp before the one that is there
     assert "two segments of 'grasp'" in scrubber.status
     view("rename", frame=7, number=3)

@@ -325,11 +325,16 @@ def estimate(annotator: Annotator, episodes: Sequence[Episode]) -> str:
     return str(annotator.estimate(episodes)) if hasattr(annotator, "estimate") else "seconds, no GPU"
 
 
-def splits_without(annotated: Sequence[Annotation], dataset: Dataset) -> dict[str, list[int]]:
-    """Episodes of the splits of which none is annotated: chapter 03 needs one of train and of val, 04 judges by those of test."""
-    there = {annotation.episode for annotation in annotated}
-    split = {name: [e.index for e in dataset.split(name)] for name in SPLITS}
-    return {name: episodes for name, episodes in split.items() if episodes and not there & set(episodes)}
+def annotated_splits(annotated: Sequence[Annotation], dataset: Dataset) -> str:
+    """How many episodes of each split are annotated, and what one without any stops."""
+    there, said = {annotation.episode for annotation in annotated}, []
+    for name in SPLITS:
+        episodes = {e.index for e in dataset.split(name)}
+        lacking = (
+            {"test": " (04 judges by these)"}.get(name, " (03 needs one)") if episodes and not there & episodes else ""
+        )
+        said.append(f"{len(there & episodes)} of {len(episodes)} {name}{lacking}")
+    return f"annotated: {', '.join(said)}"
 
 
 def require(failures: list[Failure], allowed: bool) -> None:

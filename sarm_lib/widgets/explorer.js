@@ -46,6 +46,7 @@ function render({ model, el }) {
   sized.observe(axis); // as wide as every plot
   return () => {
     stop();
+    panels.stop();
     sized.disconnect();
   };
 }

@@ -71,6 +71,10 @@ function panelStack(page, changed) {
   const { get, root, place } = page;
   const node = make("div", { className: "panels" });
   const alone = new Set(); // curves that somebody picked: the others of their panel are pale, in the next episode too
+  const sized = new ResizeObserver(() => {
+    draw();
+    page.drawPlayhead();
+  });
   let panels = [], dragging = false;
 
   function began() {
@@ -81,8 +85,12 @@ function panelStack(page, changed) {
 
   function receive(content, buffers) {
     if (content.episode !== get("episode")) return;
+    const scrolled = [...node.querySelectorAll(".head")].map((head) => head.scrollTop);
     panels = content.panels.map((spec, i) => build(spec, buffers[i]));
     node.replaceChildren(...panels.flatMap(({ head, ticks, plot }) => [head, ticks, plot]));
+    panels.forEach(({ head }, i) => (head.scrollTop = scrolled[i] ?? 0)); // sixty joints: the same ones stay in sight
+    sized.disconnect();
+    panels.forEach(({ plot }) => sized.observe(plot));
     root.style.setProperty("--panels", Math.max(1, panels.length));
     root.classList.remove("waiting");
     root.dataset.panels = content.episode;
@@ -203,5 +211,5 @@ function panelStack(page, changed) {
     plot.onpointerup = plot.onpointercancel = () => (dragging = false);
   }
 
-  return { node, began, receive, draw, playhead, busy: () => dragging };
+  return { node, began, receive, draw, playhead, busy: () => dragging, stop: () => sized.disconnect() };
 }

@@ -92,18 +92,24 @@ def on_one_axis(panel: Panel) -> Panel:
 def _domain(values: np.ndarray, kind: str) -> tuple[float, float]:
     """What holds all values with a margin; areas stand on 0, and a constant has room on both sides."""
     low, high = (0.0 if kind == "areas" else float(values.min())), float(values.max())
-    margin = 0.05 * (high - low) or 0.5
+    margin = 0.05 * (high - low) or max(0.5, 1e-3 * abs(high))
     return (0.0 if kind == "areas" else low - margin), high + margin
 
 
 def actions(dataset: Dataset, episode: Episode) -> Panel:
     """What the robot was told to do."""
-    names = vector_names(dataset, "action")
-    return Panel("action", dict(zip(names, dataset.actions[episode.rows].T, strict=True)), domain=None)
+    return Panel("action", _named(dataset, "action", dataset.actions[episode.rows]), domain=None)
 
 
 def state(dataset: Dataset, episode: Episode) -> Panel:
     """What the robot says of itself, each component from its least to its most in this dataset."""
-    rows, names = dataset.states, vector_names(dataset, dataset.state_key)
-    curves = dict(zip(names, rows[episode.rows].T, strict=True))
+    rows = dataset.states
+    curves = _named(dataset, dataset.state_key, rows[episode.rows])
     return Panel("state", curves, own=np.stack([rows.min(0), rows.max(0)], axis=1))
+
+
+def _named(dataset: Dataset, key: str, rows: np.ndarray) -> dict[str, np.ndarray]:
+    """The components of (T, D), by the names that the dataset has for them; numbered where it has not as many different ones."""
+    names = list(map(str, vector_names(dataset, key)))
+    names = names if len(set(names)) == rows.shape[1] == len(names) else [str(i) for i in range(rows.shape[1])]
+    return dict(zip(names, rows.T, strict=True))

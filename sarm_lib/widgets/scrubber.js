@@ -207,15 +207,10 @@ function render({ model, el }) {
     },
     ["segments", "boundaries", "selected", "head", "states", "status"],
   );
-  const sized = new ResizeObserver(() => {
-    state.draw();
-    page.drawPlayhead();
-  });
-  sized.observe(bars[heads[0]]); // as wide as the plot
   ["change:why", "change:states"].forEach((said) => model.on(said, sign));
   return () => {
     stop();
-    sized.disconnect();
+    state.stop();
     ["change:why", "change:states"].forEach((said) => model.off(said, sign));
   };
 }

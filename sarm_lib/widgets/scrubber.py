@@ -199,8 +199,12 @@ class Scrubber(Player):
     def send_panels(self, episode: int) -> None:
         """Send the robot's state: where the gripper closes or a joint turns back, a boundary is not far."""
         if episode == self.episode:
-            spec, values = packed(state(self._dataset, self._episodes[episode]), self._episodes[episode])
-            self.send({"episode": episode, "panels": [spec]}, buffers=[values])
+            panels = []  # none of an episode whose state cannot be read, so that no other one's stays in sight
+            try:
+                panels = [packed(state(self._dataset, self._episodes[episode]), self._episodes[episode])]
+            finally:
+                specs, values = [spec for spec, _ in panels], [sent for _, sent in panels]
+                self.send({"episode": episode, "panels": specs}, buffers=values)
 
     def show_episode(self, episode: int) -> None:
         """Show an episode; edits of the one before stay as a draft."""
@@ -285,7 +289,7 @@ class Scrubber(Player):
             raise AnnotationError("nothing to undo: this is what was annotated")
         history.pop()
         with self.hold_sync():
-            self.selected = -1
+            self.selected, self.status = -1, self._remarks()
             self._publish()
 
     def accept(self, why: str = "") -> None:
@@ -439,6 +443,17 @@ class Scrubber(Player):
         """Heads that people are asked about and of which nobody has said anything: they are still one segment."""
         return [head for head in self._asked if self._shown[head][0].subtask == UNSAID]
 
+    def _remarks(self) -> str:
+        """What a person may not have meant in the edits that are shown, a line each."""
+        first, found = self._history[self.episode][0], [self._left_behind()]
+        for head in self._asked:
+            if new := twins(self._shown[head]) - twins(first[head]):
+                found.append(
+                    f"two segments of {min(new)!r} stand side by side now: the first one counts as a try that failed. If they are one, "
+                    "select the boundary between them and delete it (x); if one of them is another subtask, name it (1 … 9)"
+                )
+        return "\n".join(filter(None, found))
+
     def _left_behind(self) -> str:
         """A boundary that two heads shared as they were annotated, and that one of them has moved away from."""
         first, shown = self._history[self.episode][0], self._shown
@@ -474,14 +489,8 @@ class Scrubber(Player):
                 f"base.annotation_mode does not ask about {head} segments: the whole episode is one stage"
             )
         if segments != self._shown[head]:
-            new = twins(segments) - twins(self._shown[head])
             self._history[self.episode].append(self._shown | {head: segments})
-            self.status = self._left_behind()
-            if new:
-                self.status = (
-                    f"two segments of {min(new)!r} stand side by side now: the first one counts as a try that failed. If they are one, "
-                    "select the boundary between them and delete it (x); if one of them is another subtask, name it (1 … 9)"
-                )
+            self.status = self._remarks()
             self._publish()
 
     def _record(self, correction: files.Correction) -> None:
